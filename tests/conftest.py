@@ -1,26 +1,23 @@
 """Fixtures that every test may use."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from retroexit import builtin
+from retroexit.plugins import Host, host
 
-def _load(name: str) -> ModuleType:
+
+def _load(name):
     """Import a file beside this one; with importmode=importlib, tests cannot import one another."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -30,31 +27,30 @@ _toys = _load("toys")
 _damage = _load("damage")
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def pytest_generate_tests(metafunc):
     """Run a test that asks for ``every_toy`` once for each toy generator."""
     if "every_toy" in metafunc.fixturenames:
         metafunc.parametrize("every_toy", list(_toys.TOYS), indirect=True)
 
 
 @pytest.fixture
-def every_toy(request: pytest.FixtureRequest) -> Any:
-    """A toy generator; the test runs once for each."""
+def every_toy(request):
     return _toys.TOYS[request.param]()
 
 
 @pytest.fixture
-def toys() -> ModuleType:
+def toys():
     """The file of toy generators; ``toys.TOYS[name]()`` builds one."""
     return _toys
 
 
 @pytest.fixture
-def damage() -> ModuleType:
+def damage():
     """The file that damages files and runs things in a child process."""
     return _damage
 
 
-def _fingerprint(generator: nn.Module) -> dict[str, Any]:
+def _fingerprint(generator):
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
     tensors = [*generator.named_parameters(), *generator.named_buffers()]
     return {
@@ -75,11 +71,11 @@ def _fingerprint(generator: nn.Module) -> dict[str, Any]:
 
 
 @pytest.fixture
-def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
+def untouched():
     """``with untouched(generator):`` fails where the block leaves a trace, on random numbers too."""
 
     @contextmanager
-    def watch(generator: nn.Module) -> Iterator[None]:
+    def watch(generator):
         before = _fingerprint(generator)
         yield
         after = _fingerprint(generator)
@@ -93,11 +89,11 @@ def untouched() -> Callable[[nn.Module], AbstractContextManager[None]]:
 
 
 @pytest.fixture
-def refused(untouched: Callable[..., AbstractContextManager[None]]) -> Callable[..., Any]:
+def refused(untouched):
     """``with refused(generator, Error, "pattern"):`` expects an error and an unchanged generator."""
 
     @contextmanager
-    def expect(generator: nn.Module, error: type[Exception], match: str) -> Iterator[pytest.ExceptionInfo[Exception]]:
+    def expect(generator, error, match):
         with untouched(generator), pytest.raises(error, match=match) as caught:
             yield caught
 
@@ -105,7 +101,7 @@ def refused(untouched: Callable[..., AbstractContextManager[None]]) -> Callable[
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
+def shared():
     """Folder of real data that is not part of the project; tests that need it skip where it is absent."""
     folder = Path(os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
     if not (folder / "data").is_dir():
@@ -114,5 +110,31 @@ def shared() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def handed():
+    """``handed(branch)`` gives a list that every guide handed to the branch is added to."""
+
+    def watch(branch):
+        guides = []
+        branch.register_forward_pre_hook(lambda _m, _args, named: guides.append(named["guide"]), with_kwargs=True)
+        return guides
+
+    return watch
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """``installed(name=plugin)`` lets the library work with its own plug-in and these, and returns the host."""
+
+    def install(**plugins):
+        replacement = Host(discover=False)
+        for name, plugin in {"builtin": builtin, **plugins}.items():
+            replacement.register(plugin, name)
+        monkeypatch.setattr(host(), "__dict__", vars(replacement))
+        return host()
+
+    return install

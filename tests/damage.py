@@ -1,7 +1,5 @@
 """Damage files at random, and observe in a child process what reading them does."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -11,10 +9,8 @@ import signal
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,37 +20,7 @@ from retroexit.errors import RetroExitError
 RESEALED = "with a new digest,"
 
 
-def damaged(folder: Path, count: int, seed: int = 0) -> Iterator[str]:
-    """Damage one file of a folder after another, ``count`` times in all; each is restored afterwards.
-
-    Half are cut short, half get one to eight bits flipped, mostly near the beginning, where headers are.
-
-    Yields:
-        What was done to which file, while it is done.
-    """
-    draw = random.Random(seed)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    for number in range(count):
-        path = files[number % len(files)]
-        content, name = path.read_bytes(), path.relative_to(folder)
-        if draw.random() < 0.5:
-            size = draw.randrange(len(content))
-            path.write_bytes(content[:size])
-            done = f"{name} cut to {size} of {len(content)} bytes"
-        else:
-            data, most = bytearray(content), draw.choice((64, 256, len(content)))
-            bits = draw.sample(range(8 * min(most, len(content))), draw.randint(1, 8))
-            for bit in bits:
-                data[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(data)
-            done = f"{name} with bits {bits} flipped"
-        try:
-            yield done
-        finally:
-            path.write_bytes(content)
-
-
-def in_child(work: Callable[[Callable[[Any], None]], None], seconds: int = 60) -> tuple[list[Any], str]:
+def in_child(work, seconds=200):
     """Run ``work(report)`` in a forked process, which may crash or hang.
 
     Args:
@@ -68,7 +34,7 @@ def in_child(work: Callable[[Callable[[Any], None]], None], seconds: int = 60) -
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
         log = Path(folder, "reports")
 
-        def run() -> None:
+        def run():
             with log.open("w", buffering=1) as out:
                 try:
                     work(lambda report: print(json.dumps(report), file=out))
@@ -88,21 +54,17 @@ def in_child(work: Callable[[Callable[[Any], None]], None], seconds: int = 60) -
     return reports, ""
 
 
-def outcomes(folder: Path, count: int, read: Callable[[], str]) -> set[tuple[str, str]]:
-    """Damage a folder ``count`` times and read it in a child process each time.
-
-    Args:
-        folder: See `damaged`.
-        count: See `damaged`.
-        read: Reads the folder and describes the result.
+def outcomes(folder, count, read):
+    """Cut or flip bits in a folder's files ``count`` times, and read it in a child process each time.
 
     Returns:
-        Pairs of damaged file and result, which is ``"refused"`` where reading raised a `RetroExitError`.
+        Pairs of damaged file and what ``read`` returned, or ``"refused"`` where it raised a `RetroExitError`.
     """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
 
-    def work(report: Callable[[Any], None]) -> None:
+    def work(report):
         torch.set_num_threads(1)  # the thread pool of the parent does not exist in a forked process
-        for done in damaged(folder, count):
+        for done in mutations(files, count, ways=(_cut, _flip)):
             report([done, "began"])
             try:
                 report([done, read()])
@@ -113,14 +75,14 @@ def outcomes(folder: Path, count: int, read: Callable[[], str]) -> set[tuple[str
     assert end == "", f"{end} at {reports[-1]}"
     results = [report for report in reports if report[1] != "began"]
     assert len(results) == count
-    return {(done.split()[0], result) for done, result in results}
+    return {(done.partition(":")[0], result) for done, result in results}
 
 
 @contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
+def time_limit(seconds):
     """End a call that takes longer by `KeyboardInterrupt`, which no reader catches, also where it waits for a pipe."""
 
-    def expire(_number: int, _frame: Any) -> None:
+    def expire(_number, _frame):
         raise KeyboardInterrupt(f"longer than {seconds} s")
 
     before, left = signal.signal(signal.SIGALRM, expire), signal.alarm(seconds)
@@ -131,14 +93,15 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.alarm(left)
 
 
-def mutations(files: list[Path], count: int, seed: int = 0, begin: int = 0) -> Iterator[str]:
-    """Damage one file after another in one of `WAYS`; each is whole again afterwards.
+def mutations(files, count, seed=0, begin=0, ways=()):
+    """Damage one file after another, numbers ``begin`` to ``count``; each is whole again afterwards.
 
     Args:
         files: The files.
         count: Number of mutations in all.
         seed: Of all random choices; a mutation depends on it and its number only.
         begin: Number of the first one, from 0.
+        ways: Taken in turn; all of `WAYS` by default.
 
     Yields:
         What was done to which file, while it is done.
@@ -147,7 +110,7 @@ def mutations(files: list[Path], count: int, seed: int = 0, begin: int = 0) -> I
     for number in range(begin, count):
         draw = random.Random(f"{seed} {number}")
         path = files[number % len(files)]
-        way = WAYS[(number // len(files)) % len(WAYS)]
+        way = (ways or WAYS)[number // len(files) % len(ways or WAYS)]
         try:
             done = way(path, contents, draw)
             if path.is_file() and path.read_bytes() == contents[path]:  # zeros over zeros, say
@@ -158,20 +121,20 @@ def mutations(files: list[Path], count: int, seed: int = 0, begin: int = 0) -> I
             path.write_bytes(contents[path])
 
 
-def _remove(path: Path) -> None:
+def _remove(path):
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _cut(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+def _cut(path, contents, draw):
     size = draw.randrange(len(contents[path]))
     path.write_bytes(contents[path][:size])
     return f"cut to {size} bytes"
 
 
-def _flip(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+def _flip(path, contents, draw):
     data, most = bytearray(contents[path]), draw.choice((64, 256, 2**40))
     bits = draw.sample(range(8 * min(most, len(data))), min(draw.randint(1, 8), 8 * len(data)))
     for bit in bits:
@@ -180,7 +143,7 @@ def _flip(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
     return f"bits {bits} flipped"
 
 
-def _zero(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+def _zero(path, contents, draw):
     data = bytearray(contents[path])
     begin = draw.randrange(len(data))
     size = min(draw.choice((16, 512, 4096)), len(data) - begin)
@@ -189,7 +152,7 @@ def _zero(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
     return f"{size} zeros at {begin}"
 
 
-def _swap(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+def _swap(path, contents, draw):
     others = [other for other in contents if other != path]
     if not others:
         path.write_bytes(contents[path][::-1])
@@ -199,7 +162,7 @@ def _swap(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
     return f"swapped with {other.name}"
 
 
-def _retype(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+def _retype(path, contents, draw):
     """Give one value of JSON another type."""
     try:
         facts = json.loads(contents[path])
@@ -214,7 +177,7 @@ def _retype(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str
     return f"{key}: {str(before)[:40]!r} replaced by {value!r}"
 
 
-def _reseal(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+def _reseal(path, contents, draw):
     """Do `_retype` and renew the digest, as if the file had been written so."""
     done = _retype(path, contents, draw)
     try:
@@ -224,33 +187,33 @@ def _reseal(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str
     return f"{RESEALED} {done}"
 
 
-def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+def _places(value):
     for key, part in list(value.items() if isinstance(value, dict) else enumerate(value)):
         yield value, key
         if isinstance(part, (dict, list)):
             yield from _places(part)
 
 
-def _nest(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+def _nest(path, contents, draw):
     depth = draw.choice((500, 100_000))
     opening, closing = draw.choice(((b"[", b"]"), (b'{"a":', b"}")))
     path.write_bytes(opening * depth + b"1" + closing * depth)
     return f"nested {depth} deep"
 
 
-def _pipe(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+def _pipe(path, contents, draw):
     path.unlink()
     os.mkfifo(path)
     return "a named pipe"
 
 
-def _folder(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+def _folder(path, contents, draw):
     path.unlink()
     path.mkdir()
     return "a folder"
 
 
-def _nan(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
+def _nan(path, contents, draw):
     """Write NaN over a number, as float32; into zip files, with the checksums that torch writes."""
     try:
         state = torch.load(path, weights_only=True)
@@ -267,7 +230,7 @@ def _nan(path: Path, contents: dict[Path, bytes], draw: random.Random) -> str:
         return f"NaN at {begin}"
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value):
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):

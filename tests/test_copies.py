@@ -49,7 +49,6 @@ def renders(model, x=X):
 
 
 def assert_same(model, again, x=X):
-    """Compare all that two models render."""
     for a, b in zip(renders(model, x), renders(again, x), strict=True):
         assert torch.equal(a, b)
 
@@ -87,8 +86,7 @@ def _through_file(model):
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=False)
-    return loaded
+    return torch.load(buffer, weights_only=False)
 
 
 COPIES = {
@@ -132,15 +130,11 @@ def test_a_fitted_model_is_copied_with_predictor_and_bank(tmp_path):
         assert twin.about == model.about
 
 
-def test_a_model_that_was_converted_is_copied_in_its_precision():
+def test_a_model_that_was_converted_or_not_recorded_is_copied():
     model = wrapped(flat("relu")).to(torch.bfloat16)
     assert_same(model, copy.deepcopy(model), X.bfloat16())
-
-
-def test_a_model_that_is_not_recorded_is_copied():
     twin = copy.deepcopy(wrapped(flat("relu"), example_inputs=None))
-    assert not twin.is_recorded
-    assert twin(X, exit=1).shape == (3, 3, 12, 12)
+    assert not twin.is_recorded and twin(X, exit=1).shape == (3, 3, 12, 12)
 
 
 # The identity of a generator.
@@ -203,19 +197,15 @@ def test_the_message_says_how_another_generator_differs(change, says):
 
 def test_branches_of_other_weights_are_refused(tmp_path):
     model = wrapped(flat("batch norm"))
-    retroexit.fit(
-        model, list(X.repeat(4, 1, 1, 1)), tmp_path / "a", metric="ms-ssim", steps=2, predictor_steps=2, progress=False
-    )
+
+    def fit():
+        settings = {"metric": "ms-ssim", "steps": 2, "predictor_steps": 2, "progress": False}
+        retroexit.fit(model, list(X.repeat(4, 1, 1, 1)), tmp_path / "a", **settings)
+
+    fit()
     with torch.no_grad():
         model.generator[0].weight.add_(1e-3)
-    attempts = [
-        lambda: model.save(tmp_path / "b"),
-        lambda: model.calibrate(list(X)),
-        lambda: retroexit.fit(
-            model, list(X), tmp_path / "a", metric="ms-ssim", steps=2, predictor_steps=2, progress=False
-        ),
-    ]
-    for attempt in attempts:
+    for attempt in (lambda: model.save(tmp_path / "b"), lambda: model.calibrate(list(X)), fit):
         with pytest.raises(GeneratorError, match=r"other weights of Sequential: .*0\.weight.*wrap and fit it again"):
             attempt()
     assert not (tmp_path / "b").exists()

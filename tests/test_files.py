@@ -1,7 +1,5 @@
 """Files of a fit: who may read them, one fit per folder, a full disk, weights that are not what was recorded."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re
@@ -10,54 +8,43 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from toys import Distance
 
 import retroexit
 from retroexit.core import files
 from retroexit.errors import BankError, CheckpointError, RetroExitError, StorageError
-from retroexit.metrics import QualityMetric
 
 INPUTS = torch.randn(10, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-class Distance(QualityMetric):
-    name = "distance"
-
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).abs().mean((1, 2, 3))
-
-
-def generator(seed: int = 0) -> nn.Module:
+def generator(seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         stages = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(3)]
         return nn.Sequential(*stages, nn.Conv2d(4, 3, 1), nn.Tanh()).eval()
 
 
-def wrapped(seed: int = 0) -> retroexit.EarlyExitGenerator:
+def wrapped(seed=0):
     guidance = retroexit.Guidance(value_after=2, size=20, retriever="hnswlib")
     stages = ["0", "1", "2"]
-    options: dict[str, Any] = {"image_range": (-1, 1), "min_channels": 2, "self_test": False, "guidance": guidance}
-    return retroexit.wrap(
-        generator(seed), [1], 0.5, stages=stages, adapter=False, example_inputs=(INPUTS[:1],), **options
-    )
+    options = {"image_range": (-1, 1), "min_channels": 2, "self_test": False, "guidance": guidance}
+    options |= {"stages": stages, "adapter": False, "example_inputs": (INPUTS[:1],)}
+    return retroexit.wrap(generator(seed), [1], 0.5, **options)
 
 
-def fit(folder: Path, model: retroexit.EarlyExitGenerator | None = None, **changes: Any) -> Any:
-    settings: dict[str, Any] = {"metric": Distance(), "steps": 2, "predictor_steps": 2, "progress": False}
+def fit(folder, model=None, **changes):
+    settings = {"metric": Distance(), "steps": 2, "predictor_steps": 2, "progress": False}
     return retroexit.fit(model or wrapped(), INPUTS, folder, **settings | changes)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_modes_follow_the_umask(mask: int, tmp_path: Path) -> None:
+def test_modes_follow_the_umask(mask, tmp_path):
     before = os.umask(mask)
     try:
         model = fit(tmp_path / "fit")
@@ -69,7 +56,7 @@ def test_modes_follow_the_umask(mask: int, tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) & 0o777 in (expected, expected & ~0o022), path
 
 
-def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(damage: ModuleType, tmp_path: Path) -> None:
+def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(tmp_path):
     pid = os.fork() if sys.version_info < (3, 12) else pytest.skip("forks beside threads")
     if not pid:
         try:
@@ -95,13 +82,13 @@ def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(damage: M
             pool.submit(model.save, tmp_path).result()
 
 
-def test_a_full_disk_is_an_error_at_every_phase(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_at_every_phase(monkeypatch, tmp_path):
     if not hasattr(os, "posix_fallocate"):
         pytest.skip("no posix_fallocate")
     reserve, calls = os.posix_fallocate, [0]
     limit = 10**9
 
-    def full(file: int, offset: int, size: int) -> None:
+    def full(file, offset, size):
         calls[0] += 1
         if calls[0] > limit:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -112,9 +99,8 @@ def test_a_full_disk_is_an_error_at_every_phase(monkeypatch: pytest.MonkeyPatch,
     phases, written = set(), calls[0]
     for limit in range(written):
         calls[0] = 0
-        with pytest.raises(
-            StorageError, match=r"No space left on device; /.* has [\d,.]+ MB free. Make room"
-        ) as caught:
+        message = r"No space left on device; /.* has [\d,.]+ MB free. Make room"
+        with pytest.raises(StorageError, match=message) as caught:
             fit(tmp_path / f"{limit}")
         phases.add(Path(str(caught.value.subject)).name)
         assert not list((tmp_path / f"{limit}").rglob("*.part"))
@@ -124,15 +110,13 @@ def test_a_full_disk_is_an_error_at_every_phase(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "save"])
-def test_a_disk_that_refuses_to_write_is_an_error_at_every_file(
-    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_disk_that_refuses_to_write_is_an_error_at_every_file(verb, monkeypatch, tmp_path):
     resource = pytest.importorskip("resource")
     model = fit(tmp_path / "fit")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     plain_open, left = open, 0
 
-    def open_until_full(path: Any, mode: str = "r", **options: Any) -> Any:
+    def open_until_full(path, mode="r", **options):
         nonlocal left
         left -= mode == "wb"
         if left < 0:
@@ -141,15 +125,15 @@ def test_a_disk_that_refuses_to_write_is_an_error_at_every_file(
 
     monkeypatch.setattr(files, "open", open_until_full, raising=False)
     pick_strips, draw = retroexit.report.strips.pick_strips, retroexit.report.report._drawings
-    drawings: list[Any] = []
+    drawings = []
 
-    def draw_once(*args: Any) -> Any:
+    def draw_once(*args):
         drawings[:] = drawings or [draw(*args)]
         return drawings[0]
 
     monkeypatch.setattr(retroexit.report.report, "_drawings", draw_once)
     monkeypatch.setattr(sys.modules["retroexit.evaluate"], "pick_strips", lambda *args: pick_strips(*args)[:1])
-    names: list[str] = []
+    names = []
     while True:
         left, folder = len(names), tmp_path / "full"
         try:
@@ -168,22 +152,20 @@ def test_a_disk_that_refuses_to_write_is_an_error_at_every_file(
     assert expected[verb] <= set(names)
 
 
-def test_a_folder_that_cannot_be_made_is_an_error_before_measuring(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_an_error_before_measuring(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write .*file/report: Not a directory; .*use another folder"):
         retroexit.evaluate(wrapped(), INPUTS, tmp_path / "file/report", metric="no such metric")
 
 
 @pytest.mark.parametrize("write", [files.write_array, files.write_tensors, files.write_json])
-def test_a_write_that_fails_leaves_the_old_file(
-    write: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_write_that_fails_leaves_the_old_file(write, monkeypatch, tmp_path):
     values = {files.write_array: torch.rand(9).numpy(), files.write_tensors: {"a": torch.rand(9)}}
     path, value = tmp_path / "file", values.get(write, {"a": 1})
     write(path, value)
     before = path.read_bytes()
 
-    def full(*_: Any) -> None:
+    def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "replace", full)
@@ -192,9 +174,8 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_bank_of_other_weights_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_bank_of_other_weights_is_refused_before_anything_is_written(tmp_path):
     model = fit(tmp_path / "fit")
-    assert model.bank is not None
     model.bank.meta["fingerprint"] = "of another network"
     with pytest.raises(BankError, match="the backbone of the bank must be .*, got 'of another network'. Build"):
         model.save(tmp_path / "saved")
@@ -204,7 +185,7 @@ def test_a_bank_of_other_weights_is_refused_before_anything_is_written(tmp_path:
     assert retroexit.load(tmp_path / "saved", generator()).bank is not None
 
 
-def test_a_guided_model_in_another_precision_is_saved_with_a_bank_that_fits_it(tmp_path: Path) -> None:
+def test_a_guided_model_in_another_precision_is_saved_with_a_bank_that_fits_it(tmp_path):
     fit(tmp_path / "fit")
     half = generator().to(torch.bfloat16)
     retroexit.load(tmp_path / "fit", half, (INPUTS[:1].bfloat16(),)).save(tmp_path / "half")
@@ -213,7 +194,7 @@ def test_a_guided_model_in_another_precision_is_saved_with_a_bank_that_fits_it(t
 
 @pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(is_zip: bool, value: float, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_refused(is_zip, value, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"a": torch.tensor([1.0, value])}, path, _use_new_zipfile_serialization=is_zip)
     state = files.read_torch(path, "Copy it again.", CheckpointError)
@@ -221,7 +202,7 @@ def test_weights_that_are_not_finite_are_refused(is_zip: bool, value: float, tmp
         files.check_finite(state, path, CheckpointError)
 
 
-def test_a_flipped_bit_in_weights_of_torch_is_refused(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_weights_of_torch_is_refused(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"a": torch.arange(1000.0)}, path)
     data = bytearray(path.read_bytes())
@@ -232,22 +213,22 @@ def test_a_flipped_bit_in_weights_of_torch_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_a_pipe_or_a_folder_in_place_of_a_file_is_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_pipe_or_a_folder_in_place_of_a_file_is_refused(make, tmp_path):
     path = tmp_path / "file"
     make(path)
-    readers: list[Callable[[Path], Any]] = [files.read_json, files.read_npy, files.read_tensors, files.sha256_of]
+    readers = [files.read_json, files.read_npy, files.read_tensors, files.sha256_of]
     for read in [*readers, lambda path: files.read_torch(path, "Copy it.", CheckpointError)]:
         with pytest.raises(RetroExitError, match="cannot read .*file: OSError: it is no regular file"):
             read(path)
 
 
-def test_mutations_of_the_files_of_a_model_are_refused_or_repaired(damage: ModuleType, tmp_path: Path) -> None:
+def test_mutations_of_the_files_of_a_model_are_refused_or_repaired(damage, tmp_path):
     model, network = fit(tmp_path / "fit"), generator()
     model.save(tmp_path / "model")
     paths = sorted(path for path in (tmp_path / "model").rglob("*") if path.is_file() and path.stat().st_size)
     index = next(path for path in paths if path.name == "index.bin")
 
-    def work(report: Callable[[Any], None]) -> None:
+    def work(report):
         torch.set_num_threads(1)
         for done in damage.mutations(paths, 200):
             report([done, "began"])

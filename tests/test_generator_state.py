@@ -1,73 +1,52 @@
 """No public call leaves a trace on the generator or on random numbers, whether it returns or raises."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import pickle
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from toys import Chain, Distance, conv
 
 import retroexit
 from retroexit.errors import RetroExitError
-from retroexit.metrics import QualityMetric
 
 
-class Gen(nn.Module):
+class Gen(Chain):
     """Holds a buffer and a frozen layer."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.rgb = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
-        self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+    def __init__(self):
+        super().__init__([nn.Sequential(conv(16, 16), nn.ReLU()) for _ in range(3)], 16, 16)
         self.blocks[1].requires_grad_(False)
         self.register_buffer("unused", torch.ones(3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x).relu()
-        return torch.tanh(self.rgb(x))
-
-
-class Distance(QualityMetric):
-    name = "distance"
-
-    def compare(self, image: Tensor, reference: Tensor) -> Tensor:
-        return (image - reference).abs().flatten(1).mean(1)
-
 
 class Broken(Distance):
-    def compare(self, image: Tensor, reference: Tensor) -> Tensor:
+    def compare(self, image, reference):
         raise RuntimeError("a metric that fails")
 
 
 X = torch.rand(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def wrapped(generator: nn.Module, **options: Any) -> retroexit.EarlyExitGenerator:
-    settings: dict[str, Any] = {"min_channels": 4, "image_range": (-1, 1), "example_inputs": (X[:2],)}
+def wrapped(generator, **options):
+    settings = {"min_channels": 4, "image_range": (-1, 1), "example_inputs": (X[:2],)}
     return retroexit.wrap(generator, ["blocks.0"], 1 / 2, **settings | options)
 
 
-def fit(model: retroexit.EarlyExitGenerator, folder: Path, **more: Any) -> Any:
-    settings: dict[str, Any] = {"metric": Distance(), "losses": {"l1": 1.0}, "steps": 2, "batch": 4}
+def fit(model, folder, **more):
+    settings = {"metric": Distance(), "losses": {"l1": 1.0}, "steps": 2, "batch": 4}
     settings |= {"predictor_steps": 1, "progress": False} | more
     return retroexit.fit(model, X, folder, **settings)
 
 
-def calibrate(model: retroexit.EarlyExitGenerator, metric: QualityMetric) -> Any:
+def calibrate(model, metric):
     return model.calibrate(0.9 * X, 0.5, 0.5, metric=metric, progress=False)
 
 
-CALLS: dict[str, Callable[[Any, Path], Any]] = {
+CALLS = {
     "wrap": lambda m, _: wrapped(m.generator),
     "wrap, no such place": lambda m, _: retroexit.wrap(m.generator, ["none"], 1 / 2, example_inputs=(X[:2],)),
     "call": lambda m, _: (m(X), m(X, exit=1), m.all_exits(X), m.features(X), m.predict(X), m(X, threshold=0.5)),
@@ -90,7 +69,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> retroexit.EarlyExitGenerator:
+def model(tmp_path_factory):
     torch.manual_seed(0)
     model = wrapped(Gen().eval())
     fit(model, tmp_path_factory.mktemp("fit"))
@@ -98,13 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> retroexit.EarlyExitGenera
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
-def test_the_generator_stays_as_it_was(
-    model: retroexit.EarlyExitGenerator,
-    call: Callable[[Any, Path], Any],
-    untouched: Callable[[nn.Module], AbstractContextManager[None]],
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> None:
+def test_the_generator_stays_as_it_was(model, call, untouched, tmp_path, request):
     (tmp_path / "file").write_text("a file, not a folder")
     fails = "," in request.node.callspec.id
     with untouched(model.generator):
@@ -118,11 +91,11 @@ def test_the_generator_stays_as_it_was(
 class Interruption(TorchDispatchMode):
     """Counts operations of PyTorch, and raises an error at one of them."""
 
-    def __init__(self, at: int = -1, error: BaseException | None = None) -> None:
+    def __init__(self, at=-1, error=None):
         super().__init__()
         self.at, self.error, self.count = at, error, 0
 
-    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
         self.count += 1
         if self.count == self.at:
             assert self.error is not None
@@ -131,12 +104,7 @@ class Interruption(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if "," not in name])
-def test_an_interrupted_call_leaves_the_generator_as_it_was(
-    model: retroexit.EarlyExitGenerator,
-    name: str,
-    untouched: Callable[[nn.Module], AbstractContextManager[None]],
-    tmp_path: Path,
-) -> None:
+def test_an_interrupted_call_leaves_the_generator_as_it_was(model, name, untouched, tmp_path):
     expected = model.all_exits(X)
     with Interruption() as whole:
         CALLS[name](model, tmp_path / "whole")

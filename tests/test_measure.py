@@ -15,7 +15,7 @@ from retroexit.errors import OptionError, OutputError
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.measuring import Measurement
-from retroexit.report.strips import pick_strips
+from retroexit.report.strips import _picture, pick_strips
 
 
 class Decoder(nn.Module):
@@ -185,3 +185,10 @@ def test_strips_show_the_samples_that_they_name(model):
 
     strips = pick_strips(run, result, lambda z: torch.full((3, 5, 7), float(z[0, 0, 0] > 9)))
     assert all(strip.images[0][1].shape == (5, 7, 3) and not strip.images[0][1].any() for strip in strips)
+
+
+def test_label_maps_are_shown_in_colours_and_other_inputs_as_pictures():
+    labels = nn.functional.one_hot(torch.arange(4).view(2, 2), 4).permute(2, 0, 1).float()
+    shown = _picture((labels, torch.rand(7)), (4, 4))
+    assert shown.shape == (3, 4, 4) and len(shown.flatten(1).unique(dim=1).T) == 4
+    assert _picture({"z": torch.rand(7)}, (4, 4)).unique().tolist() == pytest.approx([0.9])

@@ -69,9 +69,8 @@ def test_a_type_that_the_forward_reads_follows_the_model(names, precision):
 
 
 def test_a_guided_model_follows_with_its_bank(toy, tmp_path):
-    model = retroexit.wrap(
-        toy.generator, [2], 1 / 4, min_channels=8, example_inputs=toy.args, guidance=retroexit.Guidance(size=8)
-    )
+    guidance = retroexit.Guidance(size=8)
+    model = retroexit.wrap(toy.generator, [2], 1 / 4, min_channels=8, example_inputs=toy.args, guidance=guidance)
     samples = [torch.rand(toy.args[0].shape[1:]) for _ in range(12)]
     retroexit.fit(model, samples, tmp_path, metric="ms-ssim", steps=1, batch=4, predictor_steps=2, progress=False)
     model.to(torch.bfloat16)

@@ -14,7 +14,7 @@ from toys import Distance, decoder_12
 import retroexit
 from retroexit.core.files import read_tensors, self_digest, write_tensors
 from retroexit.core.identity import fingerprint
-from retroexit.errors import CheckpointError, NotRecordedError
+from retroexit.errors import CheckpointError, NotRecordedError, OptionError
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +195,15 @@ def test_a_predictor_that_reads_inputs_needs_its_adapter(generator, tmp_path):
         retroexit.load(tmp_path, generator, (INPUTS[:1],))
 
 
+def test_what_cannot_be_saved_is_refused_with_advice(generator, tmp_path):
+    options = {"min_channels": 4, "example_inputs": (INPUTS[:1],)}
+    model = retroexit.wrap(generator, [1, 2], [0.5, 0.75], **options)
+    model.predictor = nn.Linear(2, 2)
+    with pytest.raises(OptionError, match="only a retroexit Predictor can be saved, got a Linear. Save it yourself"):
+        model.save(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_tensors_of_all_layouts_survive_writing(tmp_path):
     tied = torch.rand(3)
     tensors = {
@@ -231,10 +240,6 @@ def test_fingerprints_depend_on_weights_names_types_and_classes_only():
         change(module)
         return fingerprint(module)
 
-    others = [
-        linear(lambda m: m[1].running_mean.add_(1)),
-        linear(lambda m: m.double()),
-        linear(lambda m: m.append(nn.Linear(1, 1))),
-    ]
-    assert len({linear(), *others}) == 4
+    changes = (lambda m: m[1].running_mean.add_(1), lambda m: m.double(), lambda m: m.append(nn.Linear(1, 1)))
+    assert len({linear(), *map(linear, changes)}) == 4
     assert linear() == linear(lambda m: m.eval()) == linear(lambda m: m.requires_grad_(False))

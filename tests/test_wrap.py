@@ -8,14 +8,8 @@ from retroexit.core.nested import tensors
 
 
 def wrapped(toy, **options):
-    settings = {
-        "attach_at": list(toy.stages[:2]),
-        "scale": 1 / 4,
-        "min_channels": 8,
-        "example_inputs": toy.args,
-        "example_kwargs": toy.kwargs,
-    }
-    return retroexit.wrap(toy.generator, **{**settings, **options})
+    settings = {"attach_at": list(toy.stages[:2]), "scale": 1 / 4, "min_channels": 8} | options
+    return retroexit.wrap(toy.generator, **settings, example_inputs=toy.args, example_kwargs=toy.kwargs)
 
 
 def call(model, toy, rows=slice(None), **options):
@@ -83,9 +77,8 @@ def _check_batch(model, k, toy):
         alone = [tensors(call(model, toy, slice(i, i + 1), exit=k)) for i in (0, 1)]
     for batch, first, second in zip(both, *alone, strict=True):
         if batch.dim() and batch.shape[0] == 2:
-            torch.testing.assert_close(
-                batch, torch.cat([first, second]), rtol=1e-3, atol=1e-4 * float(batch.abs().max())
-            )
+            atol = 1e-4 * float(batch.abs().max())
+            torch.testing.assert_close(batch, torch.cat([first, second]), rtol=1e-3, atol=atol)
 
 
 @torch.no_grad()

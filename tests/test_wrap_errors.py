@@ -70,24 +70,12 @@ def test_invalid_options_are_refused(toy, refused, options, message):
         wrap(toy.generator, **options)
 
 
-def _train_mode(generator):
-    generator.train()
-
-
-def _half(generator):
-    generator.half()
-
-
-def _nan(generator):
-    generator.rgb.bias.data[0] = float("nan")
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (_train_mode, errors.ModeError, "must be in eval mode.*generator.eval"),
-        (_half, errors.DeviceError, r"parameters .*torch\.float16 and an input .*torch\.float32"),
-        (_nan, errors.NonFiniteError, r"NaN or infinity in a tensor of shape \(2, 3, 16, 16\)"),
+        (nn.Module.train, errors.ModeError, "must be in eval mode.*generator.eval"),
+        (nn.Module.half, errors.DeviceError, r"parameters .*torch\.float16 and an input .*torch\.float32"),
+        (lambda g: g.rgb.bias.data.fill_(torch.nan), errors.NonFiniteError, r"NaN .* of shape \(2, 3, 16, 16\)"),
     ],
 )
 def test_a_generator_in_a_wrong_state_is_refused(toy, refused, change, error, message):
@@ -102,8 +90,7 @@ def test_something_that_is_no_module_is_refused():
 
 
 def test_inputs_that_the_generator_rejects_show_its_error(toy, refused):
-    message = r"\(2, 9, 8, 8\).*RuntimeError.*9 channels"
-    with refused(toy.generator, errors.GeneratorError, message) as caught:
+    with refused(toy.generator, errors.GeneratorError, r"\(2, 9, 8, 8\).*RuntimeError.*9 channels") as caught:
         wrap(toy.generator, torch.ones(2, 9, 8, 8))
     assert isinstance(caught.value.__cause__, RuntimeError)
 
@@ -126,27 +113,18 @@ def test_with_several_images_one_must_be_named(toys, refused):
         return {"rgb": image, "mask": image[:, :1]}
 
     generator = chain(toys, forward)
-    message = r"one image, got 2 at 'rgb' \(2, 3, 16, 16\), 'mask'.*image='rgb'"
-    with refused(generator, errors.OutputError, message):
+    with refused(generator, errors.OutputError, r"one image, got 2 at 'rgb' \(2, 3, 16, 16\), 'mask'.*image='rgb'"):
         wrap(generator)
     model = wrap(generator, image="rgb")
     assert model.image(model(X, exit=1)).shape == (2, 3, 16, 16)
 
 
-def test_an_output_without_an_image_is_refused(toys, refused):
+def test_an_output_without_an_image_and_a_stage_that_runs_twice_are_refused(toys, refused):
     generator = chain(toys, lambda self, x: toys.Chain.forward(self, x).mean((2, 3)))
     with refused(generator, errors.OutputError, "no image among the generator's outputs"):
         wrap(generator)
-
-
-def test_a_stage_that_runs_twice_is_refused(toys, refused):
-    def forward(self, x):
-        h = self.stem(x)
-        for i in (0, 0, 1, 2):
-            h = self.blocks[i](h)
-        return self.rgb(h)
-
-    generator = chain(toys, forward)
+    generator = chain(toys)
+    generator.blocks.insert(0, generator.blocks[0])
     with refused(generator, errors.RepeatedStageError, r"'blocks\.0' runs 2 times"):
         wrap(generator, attach_at=["blocks.0"])
 
@@ -158,13 +136,7 @@ def test_a_python_argument_that_changes_is_named(toys, refused):
 
 
 def test_an_input_size_that_the_forward_fixes_is_named(toys, refused):
-    def forward(self, x):
-        h = self.stem(x) + torch.ones(int(x.shape[2]), 1)
-        for block in self.blocks:
-            h = block(h)
-        return self.rgb(h)
-
-    model = wrap(chain(toys, forward))
+    model = wrap(chain(toys, lambda self, x: toys.Chain.forward(self, x + torch.ones(int(x.shape[2]), 1))))
     assert model(torch.rand(2, 4, 8, 12), exit=1).shape == (2, 3, 16, 24)  # the width is free
     tall = torch.rand(2, 4, 12, 8)
     with refused(model.generator, errors.InputMismatchError, r"fixes sizes.*\(2, 4, 12, 8\).*Wrap again"):
@@ -177,10 +149,7 @@ def test_an_input_size_that_the_forward_fixes_is_named(toys, refused):
     [
         (X.double(), {"exit": 1}, errors.InputMismatchError, r"must be torch\.float32 .*got torch\.float64"),
         ((X, X), {"exit": 1}, errors.InputMismatchError, "tensors must be at"),
-        *(
-            (X, {"exit": k}, errors.OptionError, f"exit must be an integer from 1 to 2, .* got {k!r}")
-            for k in (0, 3, -1, True, "last")
-        ),
+        *((X, {"exit": k}, errors.OptionError, f"from 1 to 2, .* got {k!r}") for k in (0, 3, -1, True, "last")),
         (X, {"exit": 1, "threshold": 0.1}, errors.OptionError, r"exit=1 and threshold=0\.1"),
         *((X, {"threshold": tau}, errors.OptionError, "threshold") for tau in (-0.1, float("nan"), "low")),
         (X, {"threshold": 0.1}, errors.TrainingError, "needs a predictor, but the .* Run retroexit.fit"),
@@ -198,9 +167,7 @@ def test_a_guided_branch_without_a_bank_is_refused(toy, refused):
         model(X, exit=1)
 
 
-@pytest.mark.parametrize(
-    "use", [lambda m: m.exits, lambda m: m.split, lambda m: m.save("nowhere"), lambda m: m.image(X)]
-)
+@pytest.mark.parametrize("use", [lambda m: m.exits, lambda m: m.split, lambda m: m.save("none"), lambda m: m.image(X)])
 def test_what_needs_a_recording_is_refused_before_it(toy, use):
     model = retroexit.wrap(toy.generator, attach_at=[1], scale=1 / 4)
     message = "not been recorded yet, so there are no exits. Call the model once, or pass example_inputs"

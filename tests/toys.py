@@ -1,12 +1,9 @@
 """Small seeded generators, one for each thing that other people's decoders do; `conftest.py` loads them."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import warnings
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,7 +15,7 @@ from torch.nn import functional as F
 from retroexit.metrics import QualityMetric
 
 
-def decoder_12() -> nn.Sequential:
+def decoder_12():
     """Three stages of 12 channels, an image in [-1, 1] of the size of the input; the same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
@@ -43,10 +40,8 @@ class Toy:
     stages: tuple[str, ...] = ("blocks.0", "blocks.1", "blocks.2")
     pinned: str = ""
 
-    def rows(self, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Inputs of a part of the batch."""
-
-        def cut(value: Any) -> Any:
+    def rows(self, rows):
+        def cut(value):
             if isinstance(value, list):
                 return [cut(item) for item in value]
             return value[rows] if isinstance(value, Tensor) else value
@@ -59,17 +54,17 @@ class Distance(QualityMetric):
 
     name = "distance"
 
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
+    def compare(self, a, b):
         return (a - b).abs().mean((1, 2, 3))
 
 
-TOYS: dict[str, Callable[[], Toy]] = {}
+TOYS = {}
 
 
-def toy(make: Callable[[], Toy], name: str = "") -> Callable[[], Toy]:
+def toy(make, name=""):
     """Register a builder under its name; what it builds is seeded and in eval mode."""
 
-    def build() -> Toy:
+    def build():
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # some of what is used here is deprecated
             torch.manual_seed(1)
@@ -81,19 +76,19 @@ def toy(make: Callable[[], Toy], name: str = "") -> Callable[[], Toy]:
     return build
 
 
-def conv(i: int, o: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
+def conv(i, o, kernel=3, **options):
     return nn.Conv2d(i, o, kernel, padding=kernel // 2, **options)
 
 
 class Block(nn.Module):
     """A residual block with whatever norm; doubles the resolution on request."""
 
-    def __init__(self, i: int, o: int, up: bool = False, norm: Callable[[int], nn.Module] = nn.Identity) -> None:
+    def __init__(self, i, o, up=False, norm=nn.Identity):
         super().__init__()
         self.a, self.b, self.norm, self.up = conv(i, o), conv(o, o), norm(o), up
         self.skip = conv(i, o, 1, bias=False) if i != o else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if self.up:
             x = F.interpolate(x, scale_factor=2.0)
         h = self.b(F.leaky_relu(self.norm(self.a(x)), 0.2))
@@ -101,30 +96,26 @@ class Block(nn.Module):
 
 
 class Chain(nn.Module):
-    """Stem, blocks, image."""
-
-    def __init__(self, blocks: list[nn.Module], first: int = 32, last: int = 24) -> None:
+    def __init__(self, blocks, first=32, last=24):
         super().__init__()
         self.stem, self.blocks, self.rgb = conv(4, first), nn.ModuleList(blocks), conv(last, 3)
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x):
         h = self.stem(x)
         for block in self.blocks:
             h = block(h)
         return torch.tanh(self.rgb(F.relu(h)))
 
 
-def chain(block: Callable[..., nn.Module] = Block, kind: type[Chain] = Chain, **about: Any) -> Toy:
+def chain(block=Block, kind=Chain, **about):
     """Three blocks 32 -> 32 -> 24 -> 24; the middle one doubles the resolution."""
     blocks = [block(32, 32, False), block(32, 24, True), block(24, 24, False)]
     return Toy(kind(blocks), (torch.rand(2, 4, 8, 8),), **about)
 
 
-def shaped(output: Callable[[Tensor, Tensor], Any]) -> Toy:
-    """A generator that returns a structure."""
-
+def shaped(output):
     class Shaped(Chain):
-        def forward(self, x: Tensor) -> Any:
+        def forward(self, x):
             image = super().forward(x)
             return output(image, image.mean((1, 2, 3)))
 
@@ -146,7 +137,7 @@ class Picture:
 class Output(OrderedDict[str, Tensor]):
     """A dict whose entries are attributes too, as the outputs of transformers and diffusers are."""
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __getattr__(self, name):
         try:
             return self[name]
         except KeyError:
@@ -154,15 +145,15 @@ class Output(OrderedDict[str, Tensor]):
 
 
 @toy
-def list_input_with_unet_skips() -> Toy:
+def list_input_with_unet_skips():
     class UNet(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.down = nn.ModuleList([conv(6, 16), conv(16, 24, stride=2), conv(24, 32, stride=2)])
             self.blocks = nn.ModuleList([Block(32, 32), Block(56, 24, True), Block(40, 16, True)])
             self.rgb = conv(16, 3)
 
-        def forward(self, parts: list[Tensor]) -> Tensor:
+        def forward(self, parts):
             h, skips = torch.cat(parts, 1), []
             for layer in self.down:
                 h = F.relu(layer(h))
@@ -177,9 +168,9 @@ def list_input_with_unet_skips() -> Toy:
 
 
 @toy
-def keyword_inputs_only() -> Toy:
+def keyword_inputs_only():
     class Keywords(Chain):
-        def forward(self, *, seg: Tensor, gain: float = 1.0, mask: Tensor | None = None) -> Any:
+        def forward(self, *, seg, gain=1.0, mask=None):
             image = super().forward(seg) * gain
             return image if mask is None else image * mask
 
@@ -188,27 +179,27 @@ def keyword_inputs_only() -> Toy:
 
 
 @toy
-def style_vectors() -> Toy:
+def style_vectors():
     class Styled(nn.Module):
-        def __init__(self, i: int, o: int) -> None:
+        def __init__(self, i, o):
             super().__init__()
             self.a, self.style = conv(i, o), nn.Linear(16, 2 * o)
 
-        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+        def forward(self, x, w):
             h = self.a(x)
             gamma, beta = self.style(w)[:, :, None, None].chunk(2, 1)
             h = (h - h.mean((2, 3), keepdim=True)) / (h.std((2, 3), keepdim=True) + 1e-5)
             return F.relu(h * (1 + gamma) + beta)
 
     class AdaIN(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.mapping = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 16))
             self.start = nn.Parameter(torch.randn(1, 32, 4, 4))
             self.blocks = nn.ModuleList([Styled(32, 32), Styled(32, 24), Styled(24, 24)])
             self.rgb = conv(24, 3)
 
-        def forward(self, z: Tensor) -> Tensor:
+        def forward(self, z):
             w = self.mapping(z)
             h = self.start.repeat(z.shape[0], 1, 1, 1)
             for block in self.blocks:
@@ -219,16 +210,16 @@ def style_vectors() -> Toy:
 
 
 @toy
-def modulated_convolution_with_skip_image() -> Toy:
+def modulated_convolution_with_skip_image():
     class Modulated(nn.Module):
-        def __init__(self, i: int, o: int, up: bool) -> None:
+        def __init__(self, i, o, up):
             super().__init__()
             self.weight = nn.Parameter(torch.randn(1, o, i, 3, 3))
             self.gain, self.up, self.out = 1 / math.sqrt(i * 9), up, o
             self.bias = nn.Parameter(torch.zeros(1, o, 1, 1))
             self.affine, self.rgb = nn.Linear(8, i), conv(o, 3, 1)
 
-        def forward(self, x: Tensor, w: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor]:
+        def forward(self, x, w, image):
             if self.up:
                 x = F.interpolate(x, scale_factor=2)
                 image = None if image is None else F.interpolate(image, scale_factor=2)
@@ -241,12 +232,12 @@ def modulated_convolution_with_skip_image() -> Toy:
             return x, picture if image is None else image + picture
 
     class Synthesis(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.start = nn.Parameter(torch.randn(1, 32, 4, 4))
             self.blocks = nn.ModuleList([Modulated(32, 32, False), Modulated(32, 24, True), Modulated(24, 16, True)])
 
-        def forward(self, ws: Tensor) -> Tensor:
+        def forward(self, ws):
             x, image = self.start.expand(ws.shape[0], -1, -1, -1), None
             for block, w in zip(self.blocks, ws.unbind(1), strict=True):
                 x, image = block(x, w, image)
@@ -259,20 +250,20 @@ def modulated_convolution_with_skip_image() -> Toy:
 
 
 @toy
-def in_place_at_the_start() -> Toy:
+def in_place_at_the_start():
     class InPlace(nn.Module):
-        def __init__(self, i: int, o: int, up: bool) -> None:
+        def __init__(self, i, o, up):
             super().__init__()
             self.act, self.a, self.up = nn.ReLU(inplace=True), conv(i, o), up
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             x += 0.1
             h = self.a(self.act(x))
             h.add_(0.2).mul_(0.5)
             return F.interpolate(h, scale_factor=2) if self.up else h
 
     class Writes(Chain):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             h = self.stem(x)
             for block in self.blocks:
                 h = block(h)
@@ -284,7 +275,7 @@ def in_place_at_the_start() -> Toy:
 
 
 @toy
-def tied_weights() -> Toy:
+def tied_weights():
     blocks = [Block(32, 32), Block(32, 32, True), Block(32, 32)]
     blocks[2].a.weight = blocks[1].a.weight
     blocks[2].b = blocks[1].b
@@ -294,8 +285,8 @@ def tied_weights() -> Toy:
 # Reparametrised weights.
 
 
-def normed(change: Callable[[nn.Module], nn.Module]) -> Callable[[int, int, bool], nn.Module]:
-    def make(i: int, o: int, up: bool) -> nn.Module:
+def normed(change):
+    def make(i, o, up):
         block = Block(i, o, up)
         block.a, block.b = change(block.a), change(block.b)
         return block
@@ -304,7 +295,7 @@ def normed(change: Callable[[nn.Module], nn.Module]) -> Callable[[int, int, bool
 
 
 @toy
-def spectral_norm_old_after_a_forward_with_gradient() -> Toy:
+def spectral_norm_old_after_a_forward_with_gradient():
     made = chain(normed(torch.nn.utils.spectral_norm))
     made.generator(*made.args).sum().backward()
     made.generator.zero_grad()
@@ -317,9 +308,9 @@ def spectral_norm_old_after_a_forward_with_gradient() -> Toy:
 
 
 @toy
-def hard_coded_view() -> Toy:
+def hard_coded_view():
     class Hard(Block):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return super().forward(x).view(-1, 32, x.shape[2], x.shape[3])
 
     blocks = [Block(32, 32), Hard(32, 32), Block(32, 24, True)]
@@ -327,7 +318,7 @@ def hard_coded_view() -> Toy:
 
 
 @toy
-def batch_norm() -> Toy:
+def batch_norm():
     made = chain(lambda i, o, up: Block(i, o, up, nn.BatchNorm2d))
     made.generator.train()
     made.generator(torch.rand(4, 4, 8, 8))
@@ -335,32 +326,30 @@ def batch_norm() -> Toy:
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels, written by hand."""
-
-    def __init__(self, c: int, heads: int) -> None:
+    def __init__(self, c, heads):
         super().__init__()
         self.heads, self.channels = heads, c
         self.norm, self.qkv, self.out = nn.GroupNorm(1, c), conv(c, 3 * c, 1), conv(c, c, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         n, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(n * self.heads, 3 * c // self.heads, h * w).chunk(3, 1)
         weight = torch.softmax(torch.einsum("bct,bcs->bts", q, k) / math.sqrt(c // self.heads), -1)
         return x + self.out(torch.einsum("bts,bcs->bct", weight, v).reshape(n, c, h, w))
 
 
-def _in_dimensions(layer: Any, size: tuple[int, ...], mode: str) -> Toy:
-    def block(i: int, o: int, *more: nn.Module) -> nn.Module:
+def _in_dimensions(layer, size, mode):
+    def block(i, o, *more):
         return nn.Sequential(*more, layer(i, o, 3, padding=1), nn.LeakyReLU(0.2), layer(o, o, 3, padding=1))
 
     class Volume(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             up = nn.Upsample(scale_factor=2, mode=mode)
             self.stem, self.out = layer(4, 32, 3, padding=1), layer(24, 2, 3, padding=1)
             self.blocks = nn.Sequential(block(32, 32), block(32, 24, up), block(24, 24))
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return self.out(self.blocks(self.stem(x)))
 
     return Toy(Volume(), (torch.rand(2, 4, *size),))
@@ -371,25 +360,25 @@ def _in_dimensions(layer: Any, size: tuple[int, ...], mode: str) -> Toy:
 
 class _Swish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx, x):
         ctx.save_for_backward(x)
         return x * torch.sigmoid(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         s = torch.sigmoid(x)
         return grad * (s + x * s * (1 - s))
 
 
 @toy
-def custom_autograd_function() -> Toy:
+def custom_autograd_function():
     class Swished(Block):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return _Swish.apply(super().forward(_Swish.apply(x)))
 
     class Outside(Chain):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             h = self.stem(x)
             for block in self.blocks:
                 h = _Swish.apply(block(h))
@@ -399,16 +388,16 @@ def custom_autograd_function() -> Toy:
 
 
 class _Sum(nn.Module):
-    def __init__(self, c: int) -> None:
+    def __init__(self, c):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(c, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x * self.gain + 0.5
 
 
 @toy
-def scripted_child() -> Toy:
+def scripted_child():
     toy = chain(lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))))
     return replace(toy, pinned="the scripted module blocks.1.1")
 
@@ -417,13 +406,11 @@ def scripted_child() -> Toy:
 
 
 class Noisy(Block):
-    """Adds noise that it draws."""
-
-    def __init__(self, i: int, o: int, up: bool) -> None:
+    def __init__(self, i, o, up):
         super().__init__(i, o, up)
         self.strength = nn.Parameter(torch.full((o,), 0.1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = super().forward(x)
         return h + self.strength[:, None, None] * torch.randn(1, 1, *h.shape[2:])
 
@@ -431,22 +418,20 @@ class Noisy(Block):
 class Scaled(Block):
     """Has buffers, and a tensor that is neither a buffer nor a parameter."""
 
-    def __init__(self, i: int, o: int, up: bool) -> None:
+    def __init__(self, i, o, up):
         super().__init__(i, o, up)
         self.register_buffer("gain", torch.rand(1, o, 1, 1) + 0.5)
         kernel = torch.tensor([1.0, 2.0, 1.0])
         self.register_buffer("blur", (kernel[:, None] * kernel[None])[None, None] / 16)
         self.shift = torch.linspace(0, 1, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = super().forward(x) * self.gain + self.shift.sum()
         return F.conv2d(h, self.blur.repeat(h.shape[1], 1, 1, 1), padding=1, groups=h.shape[1])
 
 
 class Sized(Block):
-    """Computes sizes from the shape of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         n, _, h, w = x.size()
         x = F.interpolate(x, size=(2 * h, w * 2), mode="bilinear") if self.up else x
         grid = torch.arange(x.shape[-1], device=x.device) / x.shape[-1]
@@ -457,59 +442,49 @@ class Sized(Block):
 
 
 class Shuffle(nn.Module):
-    """Doubles the resolution by a pixel shuffle."""
-
-    def __init__(self, i: int, o: int, up: bool) -> None:
+    def __init__(self, i, o, up):
         super().__init__()
         self.a, self.b = conv(i, o * 4 if up else o), conv(o, o)
         self.up = nn.PixelShuffle(2) if up else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.b(F.relu(self.up(self.a(x))))
 
 
 class Mobile(nn.Module):
-    """Depthwise, grouped and transposed convolutions."""
-
-    def __init__(self, i: int, o: int, up: bool) -> None:
+    def __init__(self, i, o, up):
         super().__init__()
         self.depth, self.point = conv(i, i, groups=i), conv(i, o, 1)
         self.group = conv(o, o, groups=4)
         self.up = nn.ConvTranspose2d(o, o, 4, 2, 1) if up else nn.ConvTranspose2d(o, o, 3, 1, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.up(F.relu(self.group(self.point(self.depth(x)))))
 
 
 class ChannelsLast(nn.Module):
-    """Layers over the channels of every pixel."""
-
-    def __init__(self, c: int) -> None:
+    def __init__(self, c):
         super().__init__()
         self.norm, self.wide, self.narrow = nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.Linear(2 * c, c)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = self.narrow(F.gelu(self.wide(self.norm(x.permute(0, 2, 3, 1)))))
         return x + h.permute(0, 3, 1, 2)
 
 
 class Transformer(nn.Module):
-    """Self-attention over pixels by a layer of PyTorch."""
-
-    def __init__(self, c: int) -> None:
+    def __init__(self, c):
         super().__init__()
         self.norm, self.attention = nn.LayerNorm(c), nn.MultiheadAttention(c, 2, batch_first=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         tokens = self.norm(x.flatten(2).transpose(1, 2))
         mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
         return x + mixed.transpose(1, 2).reshape(x.shape)
 
 
 class Winding(Block):
-    """Loops and conditions on sizes."""
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         layers = {"a": self.a, "b": self.b}
         h = F.interpolate(x, scale_factor=2) if self.up and x.shape[2] < 64 else x
         for i, name in enumerate(sorted(layers)):
@@ -523,11 +498,11 @@ class Winding(Block):
         return h + (F.interpolate(x, scale_factor=2) if self.up else x)
 
 
-def _then(layer: Callable[[int], nn.Module]) -> Callable[[int, int, bool], nn.Module]:
+def _then(layer):
     return lambda i, o, up: nn.Sequential(Block(i, o, up), layer(o))
 
 
-_BLOCKS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+_BLOCKS = {
     "noise_inside": Noisy,
     "buffers_and_plain_tensors": Scaled,
     "weight_norm_old": normed(torch.nn.utils.weight_norm),
@@ -544,7 +519,7 @@ _BLOCKS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "attention_by_pytorch": _then(Transformer),
     "control_flow": Winding,
 }
-_OUTPUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+_OUTPUTS = {
     "tuple_output": lambda image, score: (image, score),
     "dict_output": lambda image, score: {"image": image, "more": {"score": score}, "scale": 2},
     "dataclass_output": Picture,

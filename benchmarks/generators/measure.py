@@ -96,6 +96,7 @@ def measure_entry(
     scales: Sequence[float] = SCALES,
     save_to: Path | None = None,
     copies: bool = True,
+    exits: int = 3,
 ) -> Row:
     """Wrap a generator at several width factors and check it; what raises is noted in the row.
 
@@ -103,8 +104,9 @@ def measure_entry(
         entry: The generator.
         checkout: Folder of its repository, if it needs one.
         scales: Width factors.
-        copies: Whether to compare copies of a model with an exit after every stage.
         save_to: Folder for a model with an exit after every stage, for `generators.reload.check`.
+        copies: Whether to compare copies of a model with an exit after every stage.
+        exits: Number of exits, at most, of the models at the width factors.
     """
     row = Row(entry.name, entry.stages)
 
@@ -123,7 +125,7 @@ def measure_entry(
     row.stages = [stage.path for stage in stages or ()]
     row.objection = judge_stages(row.stages, entry.stages, attempt("work", _work, made) or {})
     # After the only stage of a decoder nothing is left to be made thinner, so its branch takes its place.
-    tap, places = ("before", [1]) if len(row.stages) == 1 else ("after", spread(len(row.stages)))
+    tap, places = ("before", [1]) if len(row.stages) == 1 else ("after", spread(len(row.stages), exits))
     if not places or before is None:
         return row
     models = [_wrap(row, entry, made, places, scale, tap) for scale in scales]
@@ -144,10 +146,10 @@ def measure_entry(
     return row
 
 
-def spread(count: int) -> list[int]:
-    """Choose at most three of the places after ``count`` stages, evenly; the last one is no place."""
-    last = count - 1
-    return sorted({max(1, round(last * part)) for part in (1 / 4, 2 / 4, 3 / 4)}) if last > 0 else []
+def spread(count: int, most: int = 3) -> list[int]:
+    """Choose at most three of the places after ``count`` stages, evenly, or the first ``most`` of them."""
+    last = count - 1  # behind the last stage nothing is left
+    return sorted({max(1, round(last * part)) for part in (1 / 4, 2 / 4, 3 / 4)})[:most] if last > 0 else []
 
 
 def _find(made: Made, entry: Entry) -> list[retroexit.Stage]:

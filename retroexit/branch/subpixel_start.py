@@ -9,8 +9,8 @@ keeps random layers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def solve_subpixel(
     before, previous = error(), {name: value.clone() for name, value in branch.state_dict().items()}
     solver, solved = _Solver(places, torch.Generator().manual_seed(seed)), []
     x = branch.read(samples[0], guides[0])
-    for number, level in enumerate(branch.levels):
+    for number, level in enumerate(cast("Iterable[Any]", branch.levels)):
         size = tuple(s * factor for s, factor in zip(x.shape[2:], level.factors, strict=True))
         targets = [y for y in (_on_grid(m, size, branch.sizes.causal) for m in maps) if y is not None]
         solved += [f"levels.{number}"] * bool(targets)

@@ -1,48 +1,42 @@
 """Small generators of the adapters' kinds; pytest has this folder on its path."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from retroexit_oasis import OASISGenerator
+from retroexit_stylegan import StyleGANGenerator
 
-KL: dict[str, Any] = {
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "norm_num_groups": 4,
-    "latent_channels": 4,
-}
+KL = {"block_out_channels": (8, 16), "norm_num_groups": 4, "latent_channels": 4}
+KL |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 
 
-def kl(**options: Any) -> nn.Module:
-    """An `AutoencoderKL` of diffusers."""
+def kl(**options):
     return pytest.importorskip("diffusers").AutoencoderKL(**(KL | options))
 
 
-def tiny() -> nn.Module:
-    """An `AutoencoderTiny` of diffusers."""
+def tiny():
     widths = {"encoder_block_out_channels": (8,) * 2, "decoder_block_out_channels": (8,) * 2}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (2, 1)}
     return pytest.importorskip("diffusers").AutoencoderTiny(**widths, **blocks)
 
 
-def stylegan(**options: Any) -> nn.Module:
+def stylegan(**options):
     """A StyleGAN2 of 32x32 with 64, 64, 32, 16 channels, in which every parameter has an effect."""
     settings = {"z_dim": 8, "w_dim": 6, "resolution": 32, "channel_base": 512, "channel_max": 64}
-    module = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
-    return with_effects(module.StyleGANGenerator(**(settings | {"num_mapping_layers": 2} | options)))
+    return with_effects(StyleGANGenerator(**(settings | {"num_mapping_layers": 2} | options)))
 
 
-def with_effects(network: nn.Module) -> Any:
+def oasis(**options):
+    settings = {"num_labels": 5, "z_dim": 4, "channels": 2, "crop": (32, 64), "spade_hidden": 8}
+    return OASISGenerator(**(settings | options)).eval()
+
+
+def with_effects(network):
     """Change biases, noise strengths and mean styles, which start at constants."""
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -55,7 +49,7 @@ def with_effects(network: nn.Module) -> Any:
 
 
 @contextmanager
-def official(checkout: str, *modules: str) -> Iterator[list[Any]]:
+def official(checkout, *modules):
     """Import modules of a checkout of other people's code; their very general names are removed afterwards."""
     folder = Path(os.environ.get("RETROEXIT_CHECKOUTS", "checkouts"), checkout)
     if not folder.is_dir():

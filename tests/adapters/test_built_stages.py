@@ -1,41 +1,35 @@
 """Thin stages that an adapter builds: widths, cost, starting weights, saving, failures."""
 
-from __future__ import annotations
-
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import pytest
+import retroexit_megaportraits
+import retroexit_oasis
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.errors import BranchError
-from retroexit.plugins.host import Host, host
-
-retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
-retroexit_megaportraits = pytest.importorskip("retroexit_megaportraits")
 
 
 @pytest.fixture(scope="module")
-def oasis() -> nn.Module:
+def oasis():
     torch.manual_seed(0)
     return retroexit_oasis.OASISGenerator(5, 3, channels=4, crop=(32, 64), spade_hidden=24).eval()
 
 
 @pytest.fixture(scope="module")
-def decoder() -> nn.Module:
+def decoder():
     torch.manual_seed(0)
     return retroexit_megaportraits.MegaPortraitsG2d(in_channels=24, channels=64, size=4).eval()
 
 
-def wrap(generator: nn.Module, attach_at: list[int | str], **options: Any) -> Any:
+def wrap(generator, attach_at, **options):
     description = retroexit_oasis.retroexit_describe(generator) or retroexit_megaportraits.retroexit_describe(generator)
     return retroexit.wrap(generator, attach_at, adapter=description, **options)
 
 
-def rows_of(full: Tensor, thin: Tensor) -> list[int]:
+def rows_of(full, thin):
     """Find every row of a thin weight in the full one; there must be exactly one that is equal."""
     rows = []
     for row in thin:
@@ -44,13 +38,12 @@ def rows_of(full: Tensor, thin: Tensor) -> list[int]:
     return rows
 
 
-def residual_macs(c_in: int, c_out: int, pixels: int) -> int:
-    """Count a residual block by hand."""
+def residual_macs(c_in, c_out, pixels):
     return pixels * (9 * c_out * (c_in + c_out) + (c_in * c_out if c_in != c_out else 0))
 
 
 @pytest.mark.parametrize(("k", "guided"), [(6, False), (2, True)])
-def test_a_g2d_branch_costs_as_much_as_a_count_by_hand(decoder: nn.Module, k: int, guided: bool) -> None:
+def test_a_g2d_branch_costs_as_much_as_a_count_by_hand(decoder, k, guided):
     guidance = retroexit.Guidance(value_after="to_rgb", inject="every_stage") if guided else None
     model = wrap(decoder, [k], scale=1 / 4, min_channels=6, guidance=guidance)
     full, sizes, guide_channels = [64] * 7 + [32, 16, 8], [4] * 6 + [8, 16, 32], 3 if guided else 0
@@ -67,9 +60,7 @@ def test_a_g2d_branch_costs_as_much_as_a_count_by_hand(decoder: nn.Module, k: in
 
 
 @pytest.mark.parametrize(("name", "init"), [("oasis", "inherit"), ("decoder", "scratch")])
-def test_the_first_stage_reads_the_whole_feature_and_every_parameter_has_a_gradient(
-    name: str, init: Any, request: pytest.FixtureRequest
-) -> None:
+def test_the_first_stage_reads_the_whole_feature_and_every_parameter_has_a_gradient(name, init, request):
     generator = request.getfixturevalue(name)
     guidance = retroexit.Guidance(value_after=5, inject="every_stage")
     model = wrap(generator, [4], scale=1 / 4, min_channels=6, init=init, guidance=guidance)
@@ -77,7 +68,7 @@ def test_the_first_stage_reads_the_whole_feature_and_every_parameter_has_a_gradi
     crossing = [torch.rand(2, *n.meta["shape"][1:]) for n in model.decomposition.split.cuts[0].crossing]
     guide = torch.rand(2, *model.decomposition.value_cut.feature.meta["shape"][1:]).requires_grad_()
     feature = crossing[0].requires_grad_()
-    image: Tensor = branch(*crossing, guide=guide)
+    image = branch(*crossing, guide=guide)
     assert image.isfinite().all()
     image.square().mean().backward()
     assert feature.grad is not None and feature.grad.abs().sum((0, 2, 3)).min() > 0
@@ -87,7 +78,7 @@ def test_the_first_stage_reads_the_whole_feature_and_every_parameter_has_a_gradi
     assert all(parameter.grad is None for parameter in generator.parameters())
 
 
-def test_a_built_stage_starts_from_the_backbones_channels(decoder: nn.Module) -> None:
+def test_a_built_stage_starts_from_the_backbones_channels(decoder):
     guidance = retroexit.Guidance(value_after="to_rgb", inject="every_stage")
     model = wrap(decoder, [2], scale=1 / 4, min_channels=6, guidance=guidance)
     tail, full = model.branches[0].tail, decoder.blocks[2]
@@ -104,7 +95,7 @@ def test_a_built_stage_starts_from_the_backbones_channels(decoder: nn.Module) ->
     assert len(set(rows_of(decoder.blocks[3].conv_0.weight[:, out], second.weight[:, :16]))) == 16
 
 
-def test_spectral_norms_of_built_stages_fit_their_weights(oasis: nn.Module) -> None:
+def test_spectral_norms_of_built_stages_fit_their_weights(oasis):
     model = wrap(oasis, [4], scale=1 / 4, min_channels=6)
     for block in model.branches[0].tail.body.children():
         for conv in (block.conv_0, block.conv_1, *([block.conv_s] if block.learned_shortcut else [])):
@@ -114,14 +105,10 @@ def test_spectral_norms_of_built_stages_fit_their_weights(oasis: nn.Module) -> N
 
 
 @pytest.mark.parametrize("tap", ["after", "before"])
-def test_a_saved_model_gets_the_same_stages_back(
-    decoder: nn.Module, tap: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_saved_model_gets_the_same_stages_back(decoder, tap, tmp_path, installed):
     model = wrap(decoder, [3], scale=1 / 4, min_channels=6, tap=tap, guidance=True)
     model.save(tmp_path)
-    plugins = Host(discover=False)
-    plugins.register(retroexit_megaportraits, "megaportraits")
-    monkeypatch.setattr(host(), "__dict__", vars(plugins))
+    installed(megaportraits=retroexit_megaportraits)
     again = retroexit.load(tmp_path, decoder)
     (old,), (new,) = model.branches, again.branches
     assert new.plan.built == old.plan.built != {}
@@ -135,7 +122,7 @@ def test_a_saved_model_gets_the_same_stages_back(
         retroexit.load(tmp_path, decoder, (example,), adapter=False)
 
 
-def test_a_full_width_branch_with_guide_takes_both(decoder: nn.Module) -> None:
+def test_a_full_width_branch_with_guide_takes_both(decoder):
     model = wrap(decoder, [2], scale=1.0, guidance=True)
     assert model.branches[0].tail.get_submodule("blocks.2").conv_0.in_channels == 64 + 64
     assert model.branches[0].tail.get_submodule("blocks.3").conv_0.in_channels == 64
@@ -144,27 +131,23 @@ def test_a_full_width_branch_with_guide_takes_both(decoder: nn.Module) -> None:
 class Twice(nn.Module):
     """Three residual blocks; the first one's output is read again behind the second."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem, self.rgb = nn.Conv2d(4, 16, 1), nn.Conv2d(16, 3, 3, padding=1)
         self.blocks = nn.ModuleList(retroexit_megaportraits.ResidualBlock(16, 16) for _ in range(3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         first = self.blocks[0](self.stem(x))
         return torch.tanh(self.rgb(self.blocks[2](self.blocks[1](first) + first)))
 
 
-def wrap_twice(build_stage: Any) -> Any:
-    description = retroexit.Description(
-        name="twice",
-        stages=("blocks.0", "blocks.1", "blocks.2"),
-        example_inputs=lambda generator: ((torch.rand(1, 4, 8, 8),), {}),
-        build_stage=build_stage,
-    )
-    return retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=description)
+def wrap_twice(build_stage):
+    stages, example = [f"blocks.{i}" for i in range(3)], (torch.rand(1, 4, 8, 8),)
+    description = retroexit.Description(name="twice", stages=stages, build_stage=build_stage)
+    return retroexit.wrap(Twice().eval(), [1], 1 / 4, min_channels=4, adapter=description, example_inputs=example)
 
 
-def test_a_feature_that_is_read_twice_is_projected_as_the_exit_notes() -> None:
+def test_a_feature_that_is_read_twice_is_projected_as_the_exit_notes():
     model = wrap_twice(lambda stage, c_in, c_out: retroexit_megaportraits.ResidualBlock(c_in, c_out))
     (branch,) = model.branches
     assert branch.entry.project.out_channels == 4
@@ -178,7 +161,7 @@ def test_a_feature_that_is_read_twice_is_projected_as_the_exit_notes() -> None:
     [lambda stage, c_in, c_out: retroexit_megaportraits.ResidualBlock(c_in, c_out + 1), lambda *_: 1 / 0],
     ids=["wrong width", "raises"],
 )
-def test_stages_that_do_not_run_are_narrowed_as_the_exit_notes(build_stage: Any) -> None:
+def test_stages_that_do_not_run_are_narrowed_as_the_exit_notes(build_stage):
     model = wrap_twice(build_stage)
     (branch,) = model.branches
     assert branch.plan.built == {}

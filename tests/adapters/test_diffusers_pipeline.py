@@ -1,36 +1,24 @@
 """A diffusion pipeline that decodes with early exits."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy
 import pytest
 import torch
+from retroexit_diffusers import EarlyExitDecoder, early_exits, gather_latents, retroexit_describe
 from small import kl, tiny
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.errors import DeviceError, GeneratorError, InputMismatchError, OptionError, TrainingError
 
 diffusers = pytest.importorskip("diffusers", reason="pip install 'retroexit[diffusers]'")
 transformers = pytest.importorskip("transformers", reason="pipelines need a text encoder")
-pytest.importorskip("retroexit_diffusers", reason="install the project to get its adapters")
-
-from retroexit_diffusers import (  # noqa: E402
-    EarlyExitDecoder,
-    early_exits,
-    gather_latents,
-    retroexit_describe,
-)
 
 SIDE = 64
 
 
-def parts(autoencoder: nn.Module, folder: Path) -> dict[str, Any]:
+def parts(autoencoder, folder):
     """Everything that a Stable Diffusion pipeline consists of, small and random; its words are letters."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -41,32 +29,21 @@ def parts(autoencoder: nn.Module, folder: Path) -> dict[str, Any]:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = transformers.CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=8, **sizes, **ids)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=SIDE // 2,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=4,
-    )
-    return {
-        "vae": autoencoder.eval(),
-        "text_encoder": transformers.CLIPTextModel(text).eval(),
-        "tokenizer": tokenizer,
-        "unet": unet.eval(),
-        "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        "safety_checker": None,
-        "feature_extractor": None,
-    }
+    blocks = {"layers_per_block": 1, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "block_out_channels": (8, 8)}
+    attention = {"norm_num_groups": 4, "cross_attention_dim": 16, "attention_head_dim": 4}
+    unet = diffusers.UNet2DConditionModel(sample_size=SIDE // 2, **blocks, **attention)
+    models = {"vae": autoencoder, "text_encoder": transformers.CLIPTextModel(text), "unet": unet}
+    rest = {"scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False), "tokenizer": tokenizer}
+    unused = dict.fromkeys(("safety_checker", "feature_extractor"))
+    return {**{name: model.eval() for name, model in models.items()}, **rest, **unused}
 
 
-def wrap(decoder: nn.Module) -> retroexit.EarlyExitGenerator:
+def wrap(decoder):
     return retroexit.wrap(decoder, [1, 2], scale=1 / 2, min_channels=4, adapter=retroexit_describe(decoder))
 
 
-def draw(pipe: Any, count: int = 2, **options: Any) -> Tensor:
+def draw(pipe, count=2, **options):
     options |= {"num_inference_steps": 2, "height": SIDE, "width": SIDE, "output_type": "np"}
     noise = torch.Generator().manual_seed(1)
     images = pipe("a street", num_images_per_prompt=count, generator=noise, **options).images
@@ -74,7 +51,7 @@ def draw(pipe: Any, count: int = 2, **options: Any) -> Tensor:
 
 
 @pytest.fixture(scope="module", params=[lambda: kl(sample_size=32), tiny], ids=["kl", "tiny"])
-def wrapped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+def wrapped(request, tmp_path_factory):
     torch.manual_seed(0)
     models = parts(request.param(), tmp_path_factory.mktemp("words"))
     pipe = diffusers.StableDiffusionPipeline(**models, requires_safety_checker=False)
@@ -83,12 +60,12 @@ def wrapped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def pipe(wrapped: tuple[Any, Any]) -> Any:
+def pipe(wrapped):
     return wrapped[0]
 
 
 @pytest.fixture
-def model(wrapped: tuple[Any, Any]) -> Any:
+def model(wrapped):
     yield wrapped[1]
     assert wrapped[0].vae.decoder is wrapped[1].unwrap()
     wrapped[1].predictor = None
@@ -97,18 +74,18 @@ def model(wrapped: tuple[Any, Any]) -> Any:
 class ByOrder(nn.Module):
     """Stands in for a predictor: the darkest latents leave first, the brightest last."""
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents):
         rank = latents.mean((1, 2, 3)).argsort().argsort() % 3
         return torch.stack([(rank > 0).float(), (rank > 1).float()], 1)
 
 
-def test_every_exit_runs_its_stages_and_the_last_is_the_decoder_itself(pipe: Any, model: Any) -> None:
+def test_every_exit_runs_its_stages_and_the_last_is_the_decoder_itself(pipe, model):
     images, paths = draw(pipe), retroexit_describe(model.unwrap()).stages
     assert images.shape == (2, SIDE, SIDE, 3)
-    ran: list[str] = []
+    ran = []
     stages = [model.unwrap().get_submodule(path) for path in paths]
 
-    def note(module: nn.Module, *_: Any) -> None:
+    def note(module, *_):
         if module in stages:
             ran.append(paths[stages.index(module)])
 
@@ -126,7 +103,7 @@ def test_every_exit_runs_its_stages_and_the_last_is_the_decoder_itself(pipe: Any
     assert torch.equal(draw(pipe), images)
 
 
-def test_a_batch_whose_images_leave_at_different_exits_keeps_its_order(pipe: Any, model: Any) -> None:
+def test_a_batch_whose_images_leave_at_different_exits_keeps_its_order(pipe, model):
     by_exit = []
     for choice in (1, 2, 3):
         with early_exits(pipe, model, exit=choice):
@@ -144,7 +121,7 @@ def test_a_batch_whose_images_leave_at_different_exits_keeps_its_order(pipe: Any
 
 
 @pytest.mark.parametrize("wrapped", [tiny], indirect=True)
-def test_gathered_latents_are_enough_to_fit(pipe: Any, tmp_path: Path) -> None:
+def test_gathered_latents_are_enough_to_fit(pipe, tmp_path):
     fitted = wrap(pipe.vae.decoder)
     with gather_latents(pipe, fitted) as latents:
         draw(pipe, 4)
@@ -159,7 +136,7 @@ def test_gathered_latents_are_enough_to_fit(pipe: Any, tmp_path: Path) -> None:
     assert sum(decoder.counts.values()) == 4
 
 
-def test_slices_and_tiles_leave_one_by_one(pipe: Any, model: Any) -> None:
+def test_slices_and_tiles_leave_one_by_one(pipe, model):
     with early_exits(pipe, model, exit=1) as decoder:
         images = draw(pipe)
         decoder.counts.clear()
@@ -176,7 +153,7 @@ def test_slices_and_tiles_leave_one_by_one(pipe: Any, model: Any) -> None:
     assert tiled.shape == images.shape and (tiled - images).abs().mean() < 0.1
 
 
-def test_an_autoencoder_looks_the_same_from_outside(pipe: Any, model: Any, tmp_path: Path) -> None:
+def test_an_autoencoder_looks_the_same_from_outside(pipe, model, tmp_path):
     decoder = pipe.vae.decoder
     before = {name: id(value) for name, value in pipe.vae.named_parameters()}
     state, modules = pipe.vae.state_dict(), [name for name, _ in pipe.vae.named_modules()]
@@ -200,7 +177,7 @@ def test_an_autoencoder_looks_the_same_from_outside(pipe: Any, model: Any, tmp_p
     assert pipe.vae.decoder is decoder
 
 
-def test_switches_of_the_autoencoder_reach_the_decoder(pipe: Any, model: Any) -> None:
+def test_switches_of_the_autoencoder_reach_the_decoder(pipe, model):
     images = draw(pipe)
     with early_exits(pipe, model) as decoder:
         pipe.vae.enable_gradient_checkpointing()
@@ -218,7 +195,7 @@ def test_switches_of_the_autoencoder_reach_the_decoder(pipe: Any, model: Any) ->
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_a_pipeline_may_be_converted_while_the_exits_are_in(pipe: Any, model: Any, precision: torch.dtype) -> None:
+def test_a_pipeline_may_be_converted_while_the_exits_are_in(pipe, model, precision):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     with early_exits(pipe, model, exit=1) as decoder:
         exact = draw(pipe)
@@ -241,7 +218,7 @@ def test_a_pipeline_may_be_converted_while_the_exits_are_in(pipe: Any, model: An
     model.load_state_dict(state)
 
 
-def test_a_pipeline_that_raises_gets_its_decoder_back(pipe: Any, model: Any) -> None:
+def test_a_pipeline_that_raises_gets_its_decoder_back(pipe, model):
     decoder = pipe.vae.decoder
     with pytest.raises(ZeroDivisionError), early_exits(pipe, model, exit=1):
         raise ZeroDivisionError
@@ -262,9 +239,7 @@ def test_a_pipeline_that_raises_gets_its_decoder_back(pipe: Any, model: Any) -> 
         ({"deadline_ms": 5}, TrainingError, r"deadline_ms=5 needs measured times\. Call model\.measure"),
     ],
 )
-def test_impossible_choices_are_refused_before_anything_changes(
-    pipe: Any, model: Any, choice: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_impossible_choices_are_refused_before_anything_changes(pipe, model, choice, error, message):
     with pytest.raises(error, match=message), early_exits(pipe, model, **choice):
         pytest.fail("must not get here")
     with early_exits(pipe, model, exit=1) as decoder:
@@ -274,14 +249,14 @@ def test_impossible_choices_are_refused_before_anything_changes(
 
 
 @pytest.mark.parametrize("enter", [early_exits, gather_latents])
-def test_another_pipelines_model_is_refused(pipe: Any, model: Any, enter: Callable[..., Any]) -> None:
+def test_another_pipelines_model_is_refused(pipe, model, enter):
     other = kl().eval()
     message = r"the AutoencoderKL does not contain the model's decoder, but others in \['itself'\]"
     with pytest.raises(GeneratorError, match=message), enter(other, model):
         pytest.fail("must not get here")
 
 
-def test_optional_inputs_that_are_absent_do_not_matter(pipe: Any, model: Any) -> None:
+def test_optional_inputs_that_are_absent_do_not_matter(pipe, model):
     latents = torch.randn(1, 4, 8, 8)
     decoder = EarlyExitDecoder(model, exit=1)
     with torch.no_grad():

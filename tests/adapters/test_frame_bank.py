@@ -1,54 +1,37 @@
 """The frame bank of MegaPortraits: filled by a fit, searched by pose and expression, saved."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
+import retroexit_megaportraits as megaportraits
 import torch
-from torch import Tensor, nn
+from torch import nn
+from toys import Distance
 
 import retroexit
-from retroexit import builtin
 from retroexit.errors import BankError
-from retroexit.metrics import QualityMetric
-from retroexit.plugins.host import Host, host
 
-megaportraits = pytest.importorskip("retroexit_megaportraits", reason="install the project to get its adapters")
 describe = megaportraits.retroexit_describe
 
 FRAMES = 10
 
 
-class Distance(QualityMetric):
-    name = "distance"
-
-    def compare(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).abs().mean((1, 2, 3))
-
-
-def drivers(count: int, seed: int) -> list[Tensor]:
-    """Features, head angles and expressions."""
+def drivers(count, seed):
     source = torch.Generator().manual_seed(seed)
     return [torch.randn(count, *shape, generator=source) for shape in ((24, 4, 4), (3,), (512,))]
 
 
-def distances(angles: Tensor, expression: Tensor) -> Tensor:
-    """Squared distances of one driver to all frames."""
+def distances(angles, expression):
     _, frame_angles, frame_expressions = drivers(FRAMES, 1)
     return (frame_angles - angles).square().sum(1) + (frame_expressions - expression).square().sum(1)
 
 
 @pytest.fixture(scope="module")
-def driven() -> nn.Module:
+def driven():
     torch.manual_seed(0)
     return megaportraits.DrivenG2d(megaportraits.MegaPortraitsG2d(24, 16, 4).eval())
 
 
 @pytest.fixture(scope="module")
-def fitted(driven: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+def fitted(driven, tmp_path_factory):
     folder, frames = tmp_path_factory.mktemp("avatar"), list(zip(*drivers(FRAMES, 1), strict=True))
     model = retroexit.wrap(driven, [2, 6], 1 / 4, min_channels=2, guidance=True, adapter=describe(driven))
     settings = {"steps": 2, "batch": 2, "crop": 16, "predictor_steps": 20, "progress": False}
@@ -56,22 +39,7 @@ def fitted(driven: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return model, folder
 
 
-@pytest.fixture
-def guides(fitted: tuple[Any, Path]) -> Any:
-    """Guides handed to each branch, in the order of the calls."""
-    model, _ = fitted
-    seen: list[list[Tensor]] = [[] for _ in model.branches]
-
-    def watch(index: int) -> Callable[..., None]:
-        return lambda _module, _args, kwargs: seen[index].append(kwargs["guide"])
-
-    hooks = [b.register_forward_pre_hook(watch(i), with_kwargs=True) for i, b in enumerate(model.branches)]
-    yield seen
-    for hook in hooks:
-        hook.remove()
-
-
-def test_the_bank_has_every_frame_under_its_pose_and_expression(fitted: tuple[Any, Path], driven: nn.Module) -> None:
+def test_the_bank_has_every_frame_under_its_pose_and_expression(fitted, driven):
     bank, (feature, angles, expression) = fitted[0].bank, drivers(FRAMES, 1)
     keys = megaportraits.frame_key(angles, expression)
     ids = bank.search(keys).ids
@@ -85,23 +53,21 @@ def test_the_bank_has_every_frame_under_its_pose_and_expression(fitted: tuple[An
 
 
 @pytest.mark.parametrize("exit", [1, 2])
-def test_an_early_exit_gets_the_frame_nearest_in_pose_and_expression(
-    fitted: tuple[Any, Path], driven: nn.Module, guides: list[list[Tensor]], exit: int
-) -> None:
+def test_an_early_exit_gets_the_frame_nearest_in_pose_and_expression(fitted, driven, handed, exit):
     feature, angles, expression = drivers(6, 7)
     expression[3:] = drivers(FRAMES, 1)[2][:3] + 0.3 * expression[3:]  # three that look like certain frames
+    guides = handed(fitted[0].branches[exit - 1])
     fitted[0](feature, angles, expression, exit=exit)
     nearest = [int(distances(a, e).argmin()) for a, e in zip(angles, expression, strict=True)]
     assert len(set(nearest)) > 2
     with torch.no_grad():
         frames = driven(*drivers(FRAMES, 1))
-    (guide,) = guides[exit - 1]
-    torch.testing.assert_close(guide, frames[nearest], rtol=0, atol=1e-3)
+    torch.testing.assert_close(guides[0], frames[nearest], rtol=0, atol=1e-3)
 
 
-def test_the_frame_is_resized_by_a_convolution_for_every_stage_of_a_branch(fitted: tuple[Any, Path]) -> None:
+def test_the_frame_is_resized_by_a_convolution_for_every_stage_of_a_branch(fitted):
     for exit, (branch, stages) in enumerate(zip(fitted[0].branches, (7, 3), strict=True), 1):
-        sizes: list[tuple[int, ...]] = []
+        sizes = []
         entries = [branch.entry, *branch.injections.values()]
         assert len(entries) == stages
         note = lambda _module, _args, output, sizes=sizes: sizes.append(tuple(output.shape[1:]))  # noqa: E731
@@ -114,7 +80,7 @@ def test_the_frame_is_resized_by_a_convolution_for_every_stage_of_a_branch(fitte
         assert all(size[0] <= 3 for size in sizes)
 
 
-def test_a_routed_batch_of_mixed_exits_gives_every_sample_its_own_frame(fitted: tuple[Any, Path]) -> None:
+def test_a_routed_batch_of_mixed_exits_gives_every_sample_its_own_frame(fitted):
     model, _ = fitted
     batch = drivers(12, 9)
     predicted = model.predict(*batch)
@@ -126,14 +92,9 @@ def test_a_routed_batch_of_mixed_exits_gives_every_sample_its_own_frame(fitted: 
         torch.testing.assert_close(images[i], alone[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_saved_model_retrieves_the_same_frames(
-    fitted: tuple[Any, Path], driven: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_saved_model_retrieves_the_same_frames(fitted, driven, installed):
     model, folder = fitted
-    plugins = Host(discover=False)
-    plugins.register(builtin, "builtin")
-    plugins.register(megaportraits, "megaportraits")
-    monkeypatch.setattr(host(), "__dict__", vars(plugins))
+    installed(megaportraits=megaportraits)
     loaded = retroexit.load(folder, driven)
     batch = drivers(4, 11)
     for exit in (1, 2, 3):
@@ -142,7 +103,7 @@ def test_a_saved_model_retrieves_the_same_frames(
     assert loaded.router.overhead() == model.router.overhead()
 
 
-def test_an_evaluation_measures_the_distance_to_the_retrieved_frame(fitted: tuple[Any, Path]) -> None:
+def test_an_evaluation_measures_the_distance_to_the_retrieved_frame(fitted):
     model, _ = fitted
     feature, angles, expression = drivers(3, 17)
     samples = list(zip(feature, angles, expression, strict=True))
@@ -153,11 +114,10 @@ def test_an_evaluation_measures_the_distance_to_the_retrieved_frame(fitted: tupl
     assert evaluation.overhead[0] - evaluation.overhead[-1] == FRAMES * 515
 
 
-def test_a_driver_that_does_not_fit_is_refused_with_the_reason(fitted: tuple[Any, Path]) -> None:
+def test_a_driver_that_does_not_fit_is_refused_with_the_reason(fitted):
     model, _ = fitted
     feature, _, expression = drivers(2, 15)
-    message = r"raised ValueError: angles must have the shape \(N, 3\), got \(2, 4\)"
-    with pytest.raises(BankError, match=message):
+    with pytest.raises(BankError, match=r"raised ValueError: angles must have the shape \(N, 3\), got \(2, 4\)"):
         model(feature, torch.zeros(2, 4), expression, exit=1)
 
 
@@ -167,36 +127,36 @@ def test_a_driver_that_does_not_fit_is_refused_with_the_reason(fitted: tuple[Any
 class OtherG2d(nn.Module):
     """Somebody's decoder: other names, other normalisation, blocks in a Sequential."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.inlet = nn.Conv2d(24, 16, 1)
         self.res = nn.Sequential(*(OtherBlock(16, 16) for _ in range(4)))
         self.up1 = nn.Sequential(nn.Upsample(scale_factor=2), OtherBlock(16, 8))
         self.final = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1), nn.Sigmoid())
 
-    def forward(self, volume: Tensor) -> Tensor:
+    def forward(self, volume):
         return self.final(self.up1(self.res(self.inlet(volume))))
 
 
 class OtherBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int) -> None:
+    def __init__(self, c_in, c_out):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.skip(x) + self.conv(x.relu())
 
 
 BLOCKS = ["res.0", "res.1", "res.2", "res.3", "up1"]
 
 
-def test_another_decoder_is_described_by_its_blocks_and_their_constructor() -> None:
+def test_another_decoder_is_described_by_its_blocks_and_their_constructor():
     torch.manual_seed(0)
     driven = megaportraits.DrivenG2d(OtherG2d().eval())
-    built: list[tuple[str, int, int]] = []
+    built = []
 
-    def build(stage: nn.Module, c_in: int, c_out: int) -> nn.Module | None:
+    def build(stage, c_in, c_out):
         built.append((type(stage).__name__, c_in, c_out))
         return OtherBlock(c_in, c_out) if isinstance(stage, OtherBlock) else None
 

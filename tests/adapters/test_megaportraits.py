@@ -1,53 +1,31 @@
 """The MegaPortraits adapter: MACs, blocks, keys of the frame bank."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
-import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-retroexit_megaportraits = pytest.importorskip(
-    "retroexit_megaportraits", reason="install the project to get its adapters"
-)
-MegaPortraitsG2d = retroexit_megaportraits.MegaPortraitsG2d
-frame_key = retroexit_megaportraits.frame_key
+from retroexit_megaportraits import MegaPortraitsG2d, ResidualBlock, frame_key
 
 
-def small() -> nn.Module:
+def small():
     return MegaPortraitsG2d(in_channels=24, channels=64, size=4).eval()
 
 
-def test_the_full_size_decoder_costs_what_the_paper_counts() -> None:
-    with torch.device("meta"):
-        decoder, feature = MegaPortraitsG2d().eval(), torch.zeros(1, 1536, 64, 64)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        image = decoder(feature)
-    assert image.shape == (1, 3, 512, 512)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(213.05, abs=0.1)
-
-
-def test_a_block_adds_two_normalised_convolutions_to_its_shortcut() -> None:
-    block = retroexit_megaportraits.ResidualBlock(3, 2, up=True).eval()
+def test_a_block_adds_two_normalised_convolutions_to_its_shortcut():
+    block = ResidualBlock(3, 2, up=True).eval()
     with torch.no_grad():
         for name, value in block.state_dict().items():
             if name.startswith("norm") and "num_batches" not in name:
                 value.uniform_(0.5, 2)
     x, weights = torch.randn(2, 3, 4, 4), block.state_dict()
 
-    def norm(name: str, x: Tensor) -> Tensor:
-        gain, shift, mean, variance = (
-            weights[f"{name}.{what}"][:, None, None] for what in ("weight", "bias", "running_mean", "running_var")
-        )
+    def norm(name, x):
+        parts = ("weight", "bias", "running_mean", "running_var")
+        gain, shift, mean, variance = (weights[f"{name}.{part}"][:, None, None] for part in parts)
         return gain * (x - mean) / (variance + 1e-5).sqrt() + shift
 
-    def conv(name: str, x: Tensor) -> Tensor:
+    def conv(name, x):
         weight = weights[f"{name}.weight"]
         return torch.conv2d(x, weight, padding=weight.shape[-1] // 2)
 
-    def double(x: Tensor) -> Tensor:
+    def double(x):
         """Give each new pixel 3/4 of the old one and 1/4 of the neighbour it leans to, along both axes."""
         for axis in (2, 3):
             n = x.shape[axis]
@@ -60,23 +38,9 @@ def test_a_block_adds_two_normalised_convolutions_to_its_shortcut() -> None:
     torch.testing.assert_close(block(x), conv("shortcut", double(x)) + dx)
 
 
-def test_a_frame_key_is_angles_then_expression_at_a_single_location() -> None:
+def test_a_frame_key_is_angles_then_expression_at_a_single_location():
     angles, expression = torch.randn(4, 3), torch.randn(4, 512)
     key = frame_key(angles, expression)
     assert key.shape == (4, 515, 1, 1)
     assert torch.equal(key[:, :3, 0, 0], angles)
     assert torch.equal(key[:, 3:, 0, 0], expression)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: frame_key(torch.zeros(2, 4), torch.zeros(2, 512)), r"angles .* \(N, 3\), got \(2, 4\)"),
-        (lambda: frame_key(torch.zeros(2, 3), torch.zeros(1, 512)), r"\(2, 512\), got \(1, 512\)"),
-        (lambda: small()(torch.zeros(1, 24, 8, 8)), r"shape \(N, \*\(24, 4, 4\)\), got \(1, 24, 8, 8\)"),
-        (lambda: MegaPortraitsG2d(channels=12), "channels must be a multiple of 8, got 12"),
-    ],
-)
-def test_wrong_shapes_and_widths_are_refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()

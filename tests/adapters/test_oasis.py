@@ -1,33 +1,25 @@
 """The OASIS adapter: the official layout, the official noise, the paper's count."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+import retroexit_oasis
 import torch
+from small import oasis
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import retroexit
 
-retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 OASISGenerator = retroexit_oasis.OASISGenerator
 describe = retroexit_oasis.retroexit_describe
 
 
-def small(**options: object) -> nn.Module:
-    settings = {"num_labels": 5, "z_dim": 4, "channels": 2, "crop": (32, 64), "spade_hidden": 8}
-    return OASISGenerator(**(settings | options)).eval()
-
-
 @pytest.fixture
-def label() -> torch.Tensor:
+def label():
     return nn.functional.one_hot(torch.randint(5, (2, 32, 64)), 5).permute(0, 3, 1, 2).float()
 
 
-def test_parameters_have_the_names_and_shapes_of_the_official_checkpoints() -> None:
+def test_parameters_have_the_names_and_shapes_of_the_official_checkpoints():
     with torch.device("meta"):
         state = {name: tuple(value.shape) for name, value in OASISGenerator().state_dict().items()}
     assert state["fc.weight"] == (1024, 99, 3, 3)
@@ -43,70 +35,45 @@ def test_parameters_have_the_names_and_shapes_of_the_official_checkpoints() -> N
     assert {name.split(".")[1] for name in state if "conv_s" in name} == {"2", "3", "4", "5"}
 
 
-def test_the_full_size_model_costs_what_the_paper_counts() -> None:
-    with torch.device("meta"):
-        generator, label = OASISGenerator().eval(), torch.zeros(1, 35, 256, 512)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        generator(label)
-    assert counter.get_total_flops() / 2e9 == pytest.approx(318.6, abs=0.2)
-
-
-def test_noise_is_one_vector_per_image_drawn_inside_forward_or_none(label: torch.Tensor) -> None:
-    generator = small()
+def test_noise_is_one_vector_per_image_drawn_inside_forward_or_none(label):
+    generator = oasis()
     torch.manual_seed(3)
     image = generator(label)
     torch.manual_seed(3)
     assert torch.equal(generator(label, torch.randn(2, 4)), image)
     assert not torch.equal(generator(label), image)
-    silent, before = small(use_noise3d=False), torch.get_rng_state()
+    silent, before = oasis(use_noise3d=False), torch.get_rng_state()
     assert torch.equal(silent(label), silent(label))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_block_computes_what_the_papers_write() -> None:
+def test_a_block_computes_what_the_papers_write():
     block = retroexit_oasis.SPADEBlock(3, 2, 4, 8).eval()
     x, seg = torch.randn(1, 3, 4, 4), torch.randn(1, 4, 8, 8)
     weights = block.state_dict()
 
-    def conv(name: str, x: torch.Tensor) -> torch.Tensor:
+    def conv(name, x):
         weight, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
         if weight is None:  # spectral norm: divide by u' W v
             raw = weights[f"{name}.weight_orig"]
             weight = raw / (weights[f"{name}.weight_u"] @ raw.flatten(1) @ weights[f"{name}.weight_v"])
         return torch.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
-    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+    def norm(name, x):
         hidden = conv(f"{name}.mlp_shared.0", seg[:, :, ::2, ::2]).relu()
         gamma, beta = conv(f"{name}.mlp_gamma", hidden), conv(f"{name}.mlp_beta", hidden)
         return x / (1 + 1e-5) ** 0.5 * (1 + gamma) + beta  # fresh running statistics: mean 0, variance 1
 
-    def leaky(x: torch.Tensor) -> torch.Tensor:
+    def leaky(x):
         return torch.where(x > 0, x, 0.2 * x)
 
     dx = conv("conv_1", leaky(norm("norm_1", conv("conv_0", leaky(norm("norm_0", x))))))
     torch.testing.assert_close(block(x, seg), conv("conv_s", norm("norm_s", x)) + dx)
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: small()(torch.zeros(1, 6, 32, 64)), "label map has 6 channels, the generator 5 labels"),
-        (
-            lambda: small()(torch.zeros(1, 5, 32, 64), torch.zeros(1, 3)),
-            r"z must have the shape \(1, 4\) or \(1, 4, 32, 64\), got \(1, 3\)",
-        ),
-        (lambda: small(use_noise3d=False)(torch.zeros(1, 5, 32, 64), torch.zeros(1, 4)), "use_noise3d=False"),
-        (lambda: small(crop=(40, 64)), r"multiples of 32, got \(40, 64\)"),
-    ],
-)
-def test_wrong_shapes_are_refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_an_object_of_the_official_code_is_recognised_by_name_and_parts() -> None:
+def test_an_object_of_the_official_code_is_recognised_by_name_and_parts():
     class OASIS_Generator(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.opt = SimpleNamespace(semantic_nc=7, crop_size=64, aspect_ratio=2.0)
             self.conv_img, self.fc = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 1, 3)
@@ -120,12 +87,12 @@ def test_an_object_of_the_official_code_is_recognised_by_name_and_parts() -> Non
     assert describe(official) is None
 
 
-def test_noise_is_a_live_value_that_no_exit_draws_twice(label: torch.Tensor) -> None:
-    generator = small()
+def test_noise_is_a_live_value_that_no_exit_draws_twice(label):
+    generator = oasis()
     model = retroexit.wrap(generator, [2, 4], scale=1.0, adapter=describe(generator))
     assert any(shape[1:] == (5 + 4, 32, 64) for _, shape in model.decomposition.places[0].live)
 
-    def run(call: Callable[[], object]) -> tuple[object, torch.Tensor]:
+    def run(call):
         torch.manual_seed(3)
         with torch.no_grad():
             return call(), torch.get_rng_state()
@@ -139,8 +106,8 @@ def test_noise_is_a_live_value_that_no_exit_draws_twice(label: torch.Tensor) -> 
     assert all(torch.equal(output, image) for output in outputs) and torch.equal(all_state, state)
 
 
-def test_noise_that_is_an_input_reaches_every_exit(label: torch.Tensor) -> None:
-    generator, z = small(), torch.randn(2, 4)
+def test_noise_that_is_an_input_reaches_every_exit(label):
+    generator, z = oasis(), torch.randn(2, 4)
     example = (label[:1], z[:1])
     model = retroexit.wrap(generator, [3], 1.0, adapter=describe(generator), example_inputs=example)
     with torch.no_grad():

@@ -1,35 +1,27 @@
 """The OASIS adapter against the official code, where a checkout is at hand; nothing of it is kept here."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+import retroexit_oasis
 import torch
 from small import official as checkout
-from torch import Tensor, nn
 
 import retroexit
 
-retroexit_oasis = pytest.importorskip("retroexit_oasis", reason="install the project to get its adapters")
 DATASETS = retroexit_oasis.DATASETS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 @pytest.fixture(scope="module")
-def official() -> Iterator[SimpleNamespace]:
-    """Modules of the official code."""
+def official():
     names = ("generator", "discriminator", "losses", "models")
     with checkout("OASIS", *(f"models.{name}" for name in names)) as modules:
         yield SimpleNamespace(**dict(zip(names, modules, strict=True)))
 
 
-def options(name: str, width: int = 4, noise: bool = True, norm: str = "syncbatch") -> SimpleNamespace:
-    """Make the options that the official training script comes to for a data set."""
+def options(name, width=4, noise=True, norm="syncbatch"):
     dataset = DATASETS[name]
     sizes = {"crop_size": dataset.crop[1], "aspect_ratio": dataset.crop[1] / dataset.crop[0], "z_dim": 64}
     networks = {"gpu_ids": "-1", "no_spectral_norm": False, "param_free_norm": norm, "spade_ks": 3}
@@ -38,8 +30,7 @@ def options(name: str, width: int = 4, noise: bool = True, norm: str = "syncbatc
     return SimpleNamespace(channels_G=width, num_res_blocks=6, **labels, **sizes, **networks, **losses)
 
 
-def with_statistics(network: nn.Module) -> Any:
-    """Change running statistics and biases, and update the spectral norms."""
+def with_statistics(network):
     with torch.no_grad():
         for module in network.modules():
             for hook in module._forward_pre_hooks.values():
@@ -53,7 +44,7 @@ def with_statistics(network: nn.Module) -> Any:
     return network.eval()
 
 
-def labels(name: str, batch: int = 1) -> Tensor:
+def labels(name, batch=1):
     dataset = DATASETS[name]
     numbers = torch.randint(dataset.num_labels, (batch, 8, 8)).repeat_interleave(dataset.crop[0] // 8, 1)
     numbers = numbers.repeat_interleave(dataset.crop[1] // 8, 2)
@@ -62,9 +53,7 @@ def labels(name: str, batch: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("name", list(DATASETS))
 @pytest.mark.parametrize("noise", [True, False], ids=["noise", "no noise"])
-def test_an_official_ema_file_loads_strictly_and_draws_the_same_images(
-    official: SimpleNamespace, name: str, noise: bool, tmp_path: Path
-) -> None:
+def test_an_official_ema_file_loads_strictly_and_draws_the_same_images(official, name, noise, tmp_path):
     theirs = with_statistics(official.generator.OASIS_Generator(options(name, noise=noise)))
     torch.save(theirs.state_dict(), tmp_path / "best_EMA.pth")
     dataset = DATASETS[name]
@@ -80,9 +69,7 @@ def test_an_official_ema_file_loads_strictly_and_draws_the_same_images(
 
 
 @pytest.mark.parametrize("name", list(DATASETS))
-def test_an_official_discriminator_loads_strictly_and_gives_the_same_scores(
-    official: SimpleNamespace, name: str, tmp_path: Path
-) -> None:
+def test_an_official_discriminator_loads_strictly_and_gives_the_same_scores(official, name, tmp_path):
     theirs = with_statistics(official.discriminator.OASIS_Discriminator(options(name)))
     torch.save(theirs.state_dict(), tmp_path / "best_D.pth")
     ours = retroexit_oasis.OASISDiscriminator.for_dataset(name).eval()
@@ -94,7 +81,7 @@ def test_an_official_discriminator_loads_strictly_and_gives_the_same_scores(
     assert scores.isfinite().all() and scores.std() > 0.01
 
 
-def test_both_sides_of_the_objective_are_the_official_ones(official: SimpleNamespace) -> None:
+def test_both_sides_of_the_objective_are_the_official_ones(official):
     from retroexit.plugins.training_types import TrainingBatch
     from retroexit.training.losses.terms import Adversarial, Adversary
 
@@ -119,7 +106,7 @@ def test_both_sides_of_the_objective_are_the_official_ones(official: SimpleNames
     assert parts["discriminator-labelmix"] == pytest.approx(10 * float(consistency.detach()), rel=1e-4)
 
 
-def test_an_official_generator_is_wrapped_with_blocks_of_its_own_class(official: SimpleNamespace) -> None:
+def test_an_official_generator_is_wrapped_with_blocks_of_its_own_class(official):
     chosen = options("cityscapes")
     chosen.semantic_nc, chosen.z_dim, chosen.crop_size = 5, 4, 64
     generator = with_statistics(official.generator.OASIS_Generator(chosen))

@@ -1,24 +1,21 @@
 """The StyleGAN2 adapter: the equations of the paper, the descriptions, thin exits."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 
 import pytest
+import retroexit_stylegan
 import torch
 from small import stylegan
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 import retroexit
 
-retroexit_stylegan = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
 StyleGANGenerator = retroexit_stylegan.StyleGANGenerator
 describe = retroexit_stylegan.retroexit_describe
 
 
-def filtered(x: Tensor, before: int) -> Tensor:
+def filtered(x, before):
     """Convolve with the outer product of 1 3 3 1, scaled to a sum of 4, after padding by `before` and 1."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
     x = functional.pad(x, (before, 1, before, 1))
@@ -26,24 +23,24 @@ def filtered(x: Tensor, before: int) -> Tensor:
     return sum(taps[i] * taps[j] * x[:, :, i : i + height, j : j + width] for i in range(4) for j in range(4))
 
 
-def spread(x: Tensor) -> Tensor:
+def spread(x):
     """Put a zero behind every pixel."""
     out = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
     out[:, :, ::2, ::2] = x
     return out
 
 
-def reference(state: dict[str, Tensor], w: Tensor) -> Tensor:
+def reference(state, w):
     """Draw an image from one style vector by the paper's equations 1 and 3: scale weights, demodulate."""
 
-    def get(name: str) -> Tensor:
+    def get(name):
         return state[f"synthesis.{name}"]
 
-    def styled(name: str) -> Tensor:
+    def styled(name):
         style = get(f"{name}.affine.weight") @ w / math.sqrt(len(w)) + get(f"{name}.affine.bias")
         return get(f"{name}.weight") * style[:, None, None]
 
-    def layer(name: str, x: Tensor) -> Tensor:
+    def layer(name, x):
         weight = styled(name)
         weight = weight / torch.stack([(kernel**2).sum() for kernel in weight]).sqrt()[:, None, None, None]
         if name.endswith("conv0"):  # a true convolution here, so the kernel is mirrored
@@ -61,11 +58,10 @@ def reference(state: dict[str, Tensor], w: Tensor) -> Tensor:
         weight = styled(f"b{size}.torgb") / math.sqrt(x.shape[1])
         colours = functional.conv2d(x, weight, get(f"b{size}.torgb.bias"))
         image = colours if image is None else filtered(spread(image), 2) + colours
-    assert image is not None
     return image
 
 
-def test_the_image_is_what_the_papers_equations_give() -> None:
+def test_the_image_is_what_the_papers_equations_give():
     generator = stylegan()
     w = torch.randn(2, 6)
     with torch.no_grad():
@@ -75,21 +71,19 @@ def test_the_image_is_what_the_papers_equations_give() -> None:
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_every_layer_has_its_own_style_vector_and_colours_share_with_the_next_block() -> None:
+def test_every_layer_has_its_own_style_vector_and_colours_share_with_the_next_block():
     generator = stylegan(resolution=8)
     ws = torch.randn(1, 4, 6)
-    seen: dict[str, Tensor] = {}
+    seen = {}
     for name, module in generator.synthesis.named_modules():
         if name.endswith("affine"):
             module.register_forward_hook(lambda _m, args, _o, name=name: seen.update({name: args[0]}))
     generator.synthesis(ws)
     order = {"b4.conv1": 0, "b4.torgb": 1, "b8.conv0": 1, "b8.conv1": 2, "b8.torgb": 3}
-    assert {name: seen[f"{name}.affine"].tolist() for name in order} == {
-        name: ws[:, i].tolist() for name, i in order.items()
-    }
+    assert all(torch.equal(seen[f"{name}.affine"], ws[:, i]) for name, i in order.items())
 
 
-def test_truncation_moves_style_vectors_to_their_mean() -> None:
+def test_truncation_moves_style_vectors_to_their_mean():
     mapping = stylegan().mapping
     z = torch.randn(3, 8)
     full = mapping(z)
@@ -102,7 +96,7 @@ def test_truncation_moves_style_vectors_to_their_mean() -> None:
     assert torch.equal(some[:, 3:], full[:, 3:])
 
 
-def test_noise_is_stored_drawn_left_out_or_an_input() -> None:
+def test_noise_is_stored_drawn_left_out_or_an_input():
     generator, z = stylegan(), torch.randn(2, 8)
     before = torch.get_rng_state()
     image, silent = generator(z), generator(z, noise_mode="none")
@@ -126,9 +120,9 @@ def test_noise_is_stored_drawn_left_out_or_an_input() -> None:
     assert torch.equal(generator(z), silent)
 
 
-def test_a_clamp_bounds_every_layer() -> None:
+def test_a_clamp_bounds_every_layer():
     generator = stylegan(conv_clamp=0.1)
-    outputs: list[Tensor] = []
+    outputs = []
     for block in generator.synthesis.children():
         for layer in block.children():
             layer.register_forward_hook(lambda _m, _a, output: outputs.append(output))
@@ -137,13 +131,13 @@ def test_a_clamp_bounds_every_layer() -> None:
     assert all(output.abs().max() <= 0.1 for output in outputs)
 
 
-def test_names_and_shapes_are_those_of_the_official_networks() -> None:
+def test_names_and_shapes_are_those_of_the_official_networks():
     with torch.device("meta"):
         generator = StyleGANGenerator(c_dim=10, resolution=1024, num_mapping_layers=2)
     state = {name: tuple(value.shape) for name, value in generator.state_dict().items()}
     sizes = [4, 8, 16, 32, 64, 128, 256, 512, 1024]
     channels = dict(zip(sizes, [512, 512, 512, 512, 512, 256, 128, 64, 32], strict=True))
-    expected: dict[str, tuple[int, ...]] = {"mapping.w_avg": (512,), "synthesis.b4.const": (512, 4, 4)}
+    expected = {"mapping.w_avg": (512,), "synthesis.b4.const": (512, 4, 4)}
     for name, width in (("embed", 10), ("fc0", 1024), ("fc1", 512)):
         expected |= {f"mapping.{name}.weight": (512, width), f"mapping.{name}.bias": (512,)}
     for size in sizes:
@@ -163,24 +157,7 @@ def test_names_and_shapes_are_those_of_the_official_networks() -> None:
     assert generator.num_ws == 18
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: stylegan(c_dim=5)(torch.zeros(2, 9)), r"z must have the shape \(N, 8\), got \(2, 9\)"),
-        (lambda: stylegan(c_dim=5)(torch.zeros(2, 8)), r"c must have the shape \(2, 5\), got None"),
-        (lambda: stylegan(c_dim=5)(torch.zeros(2, 8), torch.zeros(1, 5)), r"\(2, 5\), got \(1, 5\)"),
-        (lambda: stylegan()(torch.zeros(2, 8), noise_mode="const "), r"'none', got 'const '"),
-        (lambda: stylegan().synthesis(torch.zeros(1, 7, 6)), r"shape \(N, 8, 6\), got \(1, 7, 6\)"),
-        (lambda: stylegan(resolution=48), "power of two from 4 up, got 48"),
-        (lambda: stylegan(channels=[4, 4]), r"one for each of the blocks \[4, 8, 16, 32\], got \[4, 4\]"),
-    ],
-)
-def test_wrong_shapes_and_sizes_are_refused(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_a_synthesis_network_alone_is_wrapped_and_takes_another_truncation_at_every_call() -> None:
+def test_a_synthesis_network_alone_is_wrapped_and_takes_another_truncation_at_every_call():
     generator = stylegan()
     description = describe(generator.synthesis)
     assert description.stages == ("b4", "b8", "b16", "b32")
@@ -193,9 +170,9 @@ def test_a_synthesis_network_alone_is_wrapped_and_takes_another_truncation_at_ev
     assert early[0].shape == (2, 3, 32, 32) and not torch.equal(early[0], early[1])
 
 
-def test_objects_of_nvidias_code_are_recognised_by_name_and_parts() -> None:
+def test_objects_of_nvidias_code_are_recognised_by_name_and_parts():
     class Generator(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             inner = stylegan(c_dim=5)
             self.mapping, self.synthesis = inner.mapping, inner.synthesis
@@ -213,9 +190,9 @@ def test_objects_of_nvidias_code_are_recognised_by_name_and_parts() -> None:
     assert describe(theirs) is None
 
 
-def test_objects_of_rosinalitys_code_are_recognised_by_name_and_parts() -> None:
+def test_objects_of_rosinalitys_code_are_recognised_by_name_and_parts():
     class Generator(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.size, self.style_dim, self.channels = 16, 8, {4: 4, 8: 4, 16: 2, 32: 1}
             for name in ("style", "input", "conv1", "to_rgb1", "noises"):

@@ -1,28 +1,24 @@
 """Checkpoints of StyleGAN2 in two layouts: read without running code in them, or refused."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
+import retroexit_stylegan
 import torch
 from small import stylegan
-from torch import Tensor, nn
 
 from retroexit.errors import CheckpointError
 
-retroexit_stylegan = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
 convert = retroexit_stylegan.convert_rosinality
 load_generator = retroexit_stylegan.load_generator
 
 
-def to_rosinality(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+def to_rosinality(state):
     """Write a state in the other layout: its `g_ema` and `latent_avg`."""
-    other: dict[str, Tensor] = {"input.input": state["synthesis.b4.const"][None]}
+    other = {"input.input": state["synthesis.b4.const"][None]}
     for i in itertools.takewhile(lambda i: f"mapping.fc{i}.weight" in state, itertools.count()):
         for what in ("weight", "bias"):
             other[f"style.{i + 1}.{what}"] = state[f"mapping.fc{i}.{what}"]
@@ -50,7 +46,7 @@ def to_rosinality(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     return other, state["mapping.w_avg"]
 
 
-def save(state: dict[str, Tensor], path: Path) -> Path:
+def save(state, path):
     if path.suffix == ".safetensors":
         pytest.importorskip("safetensors.torch").save_file(state, path)
     else:
@@ -69,7 +65,7 @@ def save(state: dict[str, Tensor], path: Path) -> Path:
     ],
     ids=["plain", "classes", "grey", "widths", "one block"],
 )
-def test_sizes_are_read_off_the_tensors(tmp_path: Path, suffix: str, options: dict[str, Any]) -> None:
+def test_sizes_are_read_off_the_tensors(tmp_path, suffix, options):
     trained = stylegan(**options)
     loaded = load_generator(save(trained.state_dict(), tmp_path / f"weights{suffix}"))
     assert not loaded.training
@@ -78,21 +74,15 @@ def test_sizes_are_read_off_the_tensors(tmp_path: Path, suffix: str, options: di
     assert torch.equal(loaded(z, c, 0.7, 1), trained(z, c, 0.7, 1))
 
 
-def written_by_train(generator: nn.Module) -> dict[str, Any]:
+def written_by_train(generator):
     """Make what rosinality's ``train.py`` saves: networks, optimisers, its options, no mean style vector."""
     state, _ = to_rosinality(generator.state_dict())
     optimiser = torch.optim.Adam(generator.parameters(), lr=0.1)
-    return {
-        "g": state,
-        "d": {"convs.0.weight": torch.zeros(1)},
-        "g_ema": state,
-        "g_optim": optimiser.state_dict(),
-        "args": argparse.Namespace(path="lmdb", size=32, mixing=0.9, augment=False),
-        "ada_aug_p": 0.0,
-    }
+    networks = {"g": state, "d": {"convs.0.weight": torch.zeros(1)}, "g_ema": state, "g_optim": optimiser.state_dict()}
+    return networks | {"args": argparse.Namespace(path="lmdb", size=32, augment=False), "ada_aug_p": 0.0}
 
 
-def test_checkpoints_of_rosinality_are_read_and_a_missing_mean_style_is_estimated(tmp_path: Path) -> None:
+def test_checkpoints_of_rosinality_are_read_and_a_missing_mean_style_is_estimated(tmp_path):
     trained, z = stylegan(z_dim=6), torch.randn(2, 6)
     torch.save(written_by_train(trained), tmp_path / "550000.pt")
     generator, again = (load_generator(tmp_path / "550000.pt") for _ in range(2))
@@ -109,15 +99,15 @@ def test_checkpoints_of_rosinality_are_read_and_a_missing_mean_style_is_estimate
 class Payload:
     """Leaves a file behind when it is unpickled."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target):
         self.target = target
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self):
         return (Path.touch, (self.target,))
 
 
 @pytest.mark.parametrize("writer", ["torch", "pickle", "train"])
-def test_code_in_a_file_is_refused_and_does_not_run(tmp_path: Path, writer: str) -> None:
+def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, writer):
     path, trace = tmp_path / "network.pkl", tmp_path / "trace"
     content = {"G_ema": Payload(trace), "training_set_kwargs": None}
     if writer == "train":
@@ -130,11 +120,9 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path: Path, writer: str)
     with pytest.raises(CheckpointError, match="it must be a file of tensors and plain values only") as caught:
         load_generator(path)
     assert not trace.exists()
-    assert str(caught.value).splitlines()[-3:] == [
-        "    import torch, legacy",
-        '    generator = legacy.load_network_pkl(open("network.pkl", "rb"))["G_ema"]',
-        '    torch.save(generator.state_dict(), "network.pth")',
-    ]
+    _, read, write = str(caught.value).splitlines()[-3:]
+    assert read == '    generator = legacy.load_network_pkl(open("network.pkl", "rb"))["G_ema"]'
+    assert write == '    torch.save(generator.state_dict(), "network.pth")'
 
 
 @pytest.mark.parametrize(
@@ -145,7 +133,7 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path: Path, writer: str)
         ([torch.zeros(1)], "must hold a state dict, got list"),
     ],
 )
-def test_other_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+def test_other_files_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=message):
         load_generator(tmp_path / "other.pth")
@@ -157,7 +145,7 @@ def test_other_files_are_refused(tmp_path: Path, content: Any, message: str) -> 
 
 
 @pytest.mark.parametrize("name", ["synthesis.b8.skip.weight", "synthesis.b4.torgb.bias"])
-def test_another_architecture_is_refused_by_the_name_that_differs(tmp_path: Path, name: str) -> None:
+def test_another_architecture_is_refused_by_the_name_that_differs(tmp_path, name):
     state = stylegan().state_dict()
     if state.pop(name, None) is None:
         state[name] = torch.zeros(64, 64, 1, 1)
@@ -165,7 +153,7 @@ def test_another_architecture_is_refused_by_the_name_that_differs(tmp_path: Path
         load_generator(save(state, tmp_path / "other.pth"))
 
 
-def test_a_state_of_another_layout_is_not_converted() -> None:
+def test_a_state_of_another_layout_is_not_converted():
     state, _ = to_rosinality(stylegan().state_dict())
     with pytest.raises(ValueError, match=r"no tensor 'to_rgbs.0.bias' in the state, got 'synthesis.b4.const'"):
         convert({"synthesis.b4.const": torch.zeros(1)})

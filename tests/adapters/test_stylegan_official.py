@@ -1,22 +1,16 @@
 """The StyleGAN2 adapter against the code that it imitates, where checkouts of that code are at hand."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import types
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
+import retroexit_stylegan as adapter
 import torch
 from small import official, with_effects
-from torch import nn
 
 import retroexit
 
-adapter = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
 describe = adapter.retroexit_describe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the checkouts
@@ -24,13 +18,13 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture
-def nvidia() -> Iterator[Any]:
+def nvidia():
     with official("stylegan2-ada-pytorch", "training.networks") as (networks,):
         yield networks
 
 
 @pytest.fixture
-def rosinality(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def rosinality(monkeypatch):
     # The extensions are for CUDA; on a CPU, plain PyTorch runs.
     extension = importlib.import_module("torch.utils.cpp_extension")
     monkeypatch.setattr(extension, "load", lambda *args, **kwargs: types.SimpleNamespace())
@@ -38,15 +32,7 @@ def rosinality(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield model
 
 
-def nvidia_generator(
-    networks: Any,
-    size: int = 32,
-    base: int = 1024,
-    classes: int = 0,
-    clamp: float | None = None,
-    colours: int = 3,
-    layers: int = 2,
-) -> nn.Module:
+def nvidia_generator(networks, size=32, base=1024, classes=0, clamp=None, colours=3, layers=2):
     widths = {"channel_base": base, "channel_max": 64}
     synthesis = {**widths, "conv_clamp": clamp, "num_fp16_res": 4 if clamp else 0}
     sizes = {"z_dim": 16, "c_dim": classes, "w_dim": 12, "img_resolution": size, "img_channels": colours}
@@ -64,7 +50,7 @@ def nvidia_generator(
     ],
     ids=["plain", "classes and mixed precision", "large and grey", "tight clamp"],
 )
-def test_weights_of_nvidias_code_give_nvidias_images(nvidia: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_weights_of_nvidias_code_give_nvidias_images(nvidia, tmp_path, options):
     theirs = nvidia_generator(nvidia, **options)
     torch.save(theirs.state_dict(), tmp_path / "weights.pth")
     ours = adapter.load_generator(tmp_path / "weights.pth", conv_clamp=options.get("clamp"))
@@ -81,9 +67,7 @@ def test_weights_of_nvidias_code_give_nvidias_images(nvidia: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize(("size", "multiplier"), [(32, 1), (64, 2)])
-def test_checkpoints_of_rosinalitys_code_give_rosinalitys_images(
-    rosinality: Any, tmp_path: Path, size: int, multiplier: int
-) -> None:
+def test_checkpoints_of_rosinalitys_code_give_rosinalitys_images(rosinality, tmp_path, size, multiplier):
     theirs = with_effects(rosinality.Generator(size, 12, 2, channel_multiplier=multiplier))
     state, args = theirs.state_dict(), argparse.Namespace(path="lmdb", size=size)
     torch.save({"g": state, "g_ema": state, "args": args, "ada_aug_p": 0.0}, tmp_path / "550000.pt")
@@ -102,7 +86,7 @@ def test_checkpoints_of_rosinalitys_code_give_rosinalitys_images(
 
 
 @pytest.mark.parametrize("part", ["generator", "synthesis"])
-def test_nvidias_objects_get_exits_as_they_are(nvidia: Any, part: str) -> None:
+def test_nvidias_objects_get_exits_as_they_are(nvidia, part):
     generator = nvidia_generator(nvidia, size=16, classes=3, clamp=256)
     theirs = generator if part == "generator" else generator.synthesis
     description, prefix = describe(theirs), "synthesis." if part == "generator" else ""
@@ -119,7 +103,7 @@ def test_nvidias_objects_get_exits_as_they_are(nvidia: Any, part: str) -> None:
             assert torch.equal(model(*args, exit=number, **keywords), image)
 
 
-def test_rosinalitys_objects_get_exits_as_they_are(rosinality: Any) -> None:
+def test_rosinalitys_objects_get_exits_as_they_are(rosinality):
     theirs = with_effects(rosinality.Generator(16, 12, 2, channel_multiplier=1))
     description = describe(theirs)
     model = retroexit.wrap(theirs, ["convs.1"], 1.0, adapter=description)
@@ -132,7 +116,7 @@ def test_rosinalitys_objects_get_exits_as_they_are(rosinality: Any) -> None:
     assert description.discriminator(theirs)(expected).shape == (2, 1)
 
 
-def test_the_discriminator_scores_as_nvidias_does(nvidia: Any) -> None:
+def test_the_discriminator_scores_as_nvidias_does(nvidia):
     theirs = with_effects(nvidia.Discriminator(0, 32, 3, channel_base=1024, channel_max=64))
     ours = describe(nvidia_generator(nvidia)).discriminator(nvidia_generator(nvidia))
     ours.load_state_dict(theirs.state_dict())

@@ -1,25 +1,18 @@
 """The benchmark against compressed decoders: training, verdicts, resumption."""
 
 import json
-import sys
-from pathlib import Path
 
+import against_static
 import numpy as np
 import pytest
 import torch
+from cases import CASES
+from static import networks, show
+from static.measuring import Point
 
-BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
-if BENCHMARKS not in sys.path:
-    sys.path.insert(0, BENCHMARKS)
-
-import against_static  # noqa: E402
-from cases import CASES  # noqa: E402
-from static import networks, show  # noqa: E402
-from static.measuring import Point  # noqa: E402
-
-import retroexit  # noqa: E402
-from retroexit.core.samples import Samples  # noqa: E402
-from retroexit.training.cache import FeatureCache  # noqa: E402
+import retroexit
+from retroexit.core.samples import Samples
+from retroexit.training.cache import FeatureCache
 
 TRAINING = networks.Training(steps=12, batch=4, bfloat16=False)
 
@@ -28,16 +21,8 @@ def test_a_student_is_trained_exactly_as_a_branch_is(tmp_path):
     case = CASES["tiny"](tmp_path, tmp_path)
     student = networks.Student(case, 1 / 2, 4)
     args, _ = Samples(case.train).gather([0])
-    same = retroexit.wrap(
-        case.generator,
-        [1],
-        1 / 2,
-        min_channels=4,
-        tap="before",
-        adapter=False,
-        example_inputs=args,
-        image_range=case.image_range,
-    )
+    options = {"tap": "before", "adapter": False, "image_range": case.image_range}
+    same = retroexit.wrap(case.generator, [1], 1 / 2, min_channels=4, example_inputs=args, **options)
     settings = {"steps": 12, "batch": 4, "predictor_steps": 1, "progress": False}
     retroexit.fit(same, case.train, tmp_path / "fit", metric=case.metric, **settings)
     features = FeatureCache.build(same, Samples(case.train), tmp_path / "fit/cache", progress=False)

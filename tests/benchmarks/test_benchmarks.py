@@ -1,28 +1,22 @@
 """The benchmarks start; those of retrieval and guidance run on a tiny generator."""
 
 import argparse
+import importlib
 import json
-import subprocess
 import sys
-from pathlib import Path
 from typing import ClassVar
 
+import guidance_gain
 import numpy as np
+import promises
 import pytest
+import retrieval
 import torch
+from gain.training import noise, shuffled
 
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.plugins import host
 from retroexit.retrieval import ExactRetriever
-
-BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
-if BENCHMARKS not in sys.path:
-    sys.path.insert(0, BENCHMARKS)
-
-import guidance_gain  # noqa: E402
-import promises  # noqa: E402
-import retrieval  # noqa: E402
-from gain.training import noise, shuffled  # noqa: E402
 
 
 class Careless(ExactRetriever):
@@ -68,18 +62,15 @@ def test_controls_are_guides_of_other_inputs_or_noise_like_a_guide():
 
 
 def test_back_ends_are_compared_by_recall_time_and_image_loss(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        type(host()), "retriever", lambda self, name: {"exact": ExactRetriever, "careless": Careless}[name]
-    )
+    made = {"exact": ExactRetriever, "careless": Careless}
+    monkeypatch.setattr(type(host()), "retriever", lambda self, name: made[name])
     monkeypatch.setattr(retrieval, "memory", lambda names, keys: dict.fromkeys(names, 1.5))
     words = ["--case", "tiny", "--sizes", "32", "128", "--backends", "exact", "careless", "--steps", "2"]
     words += ["--repeats", "2", "--images", "4"]
     words += ["--json", str(tmp_path / "rows.json")]
     retrieval.main(words)
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [(row["backend"], row["keys"]) for row in rows] == [
-        (name, size) for size in (32, 128) for name in ("exact", "careless")
-    ]
+    assert [(row["backend"], row["keys"]) for row in rows] == [(name, size) for size in (32, 128) for name in made]
     for exact, careless in zip(rows[::2], rows[1::2], strict=True):
         for kind in ("held out", "new noise"):
             assert exact[kind]["recall"] == 1.0 and careless[kind]["recall"] < 0.3
@@ -89,10 +80,11 @@ def test_back_ends_are_compared_by_recall_time_and_image_loss(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("name", ["paper_tables", "zoo"])
-def test_a_benchmark_shows_its_options(name):
-    script = Path(BENCHMARKS) / f"{name}.py"
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--json" in done.stdout, done.stderr
+def test_a_benchmark_shows_its_options(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main()
+    assert not ended.value.code and "--json" in capsys.readouterr().out
 
 
 def _evaluation(samples=240):

@@ -1,13 +1,6 @@
 """No wrong image: a small, seeded part of the benchmark of threads and faults."""
 
-import sys
-from pathlib import Path
-
-BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
-if BENCHMARKS not in sys.path:
-    sys.path.insert(0, BENCHMARKS)
-
-import faults  # noqa: E402
+import faults
 
 
 def test_threads_agree_and_no_fault_makes_a_wrong_image(tmp_path):

@@ -10,14 +10,11 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 import retroexit
-from retroexit.branch.copy import CopyBranch
 from retroexit.branch.inherit import Reader, pick_channels
 from retroexit.branch.least_squares import as_weight, design, least_squares, reconstruct, rows
 
 
 class Conv(nn.Module):
-    """A convolution and an activation."""
-
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(16, 16, 3, padding=1)
@@ -63,16 +60,13 @@ def wrap(generator, scale=0.5, **options):
 
 
 def solve(model, count=32, seed=3):
-    """Reconstruct the first branch on latents of its own."""
     values = model.split.begin((latents(count, seed),), {}).values
     branch = model.branches[0]
-    assert isinstance(branch, CopyBranch)
     return reconstruct(branch, model.split.tail(0, share=True), model.split.crossing(values, 0))
 
 
 @torch.no_grad()
 def error(model):
-    """Mean squared error of exit 1 on latents that nothing has seen."""
     z = latents(16, seed=9)
     return float((model(z, exit=1) - model(z)).square().mean())
 
@@ -129,16 +123,12 @@ def test_layers_whose_weight_is_computed_are_left_alone():
     assert changed == {"0.tail.rgb.weight", "0.tail.rgb.bias"}
 
 
-def test_a_layer_that_runs_twice_is_left_alone():
+def test_a_layer_that_runs_twice_and_fresh_branches_are_left_alone():
     class Twice(Conv):
         def forward(self, x):
             return super().forward(super().forward(x))
 
-    result = solve(wrap(decoder(Twice)))
-    assert result is not None and result.layers == ("rgb",)
-
-
-def test_fresh_branches_are_not_reconstructed():
+    assert solve(wrap(decoder(Twice))).layers == ("rgb",)
     assert solve(wrap(decoder(Conv), init="scratch")) is None
 
 
@@ -159,7 +149,6 @@ def test_a_skip_connection_s_error_is_compensated(monkeypatch):
         model = wrap(decoder(KINDS["residual"]))
         values = model.split.crossing(model.split.begin((latents(64, 3),), {}).values, 0)
         full, branch = model.split.tail(0, share=True), model.branches[0]
-        assert isinstance(branch, CopyBranch) and branch.inherited["blocks.2.b"] is not None
         assert reconstruct(branch, full, values) is not None
         for tail in (full, branch.tail):
             tail.get_submodule("rgb").register_forward_pre_hook(lambda _m, args: read.append(args[0]))

@@ -1,14 +1,11 @@
 """The branch of pixel shuffles: shapes, sizes by cost, causality, live values, and what happens to a model with it."""
 
-from __future__ import annotations
-
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import retroexit
@@ -17,32 +14,32 @@ from retroexit.core.modules import count_macs
 from retroexit.plugins import host
 from tests.toys import TOYS, Distance, conv
 
-CONV: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Upsampler(nn.Module):
     """Three stages in one to three dimensions; the last two refine the grid."""
 
-    def __init__(self, axes: int = 2, factors: Any = (2, 2), channels: int = 16, crop: int = 0) -> None:
+    def __init__(self, axes=2, factors=(2, 2), channels=16, crop=0):
         super().__init__()
         layers = [CONV[axes](4 if i == 0 else channels, channels, 3, padding=1) for i in range(4)]
         self.stem, self.blocks = layers[0], nn.ModuleList(nn.Sequential(m, nn.ReLU()) for m in layers[1:])
         self.rgb, self.factors, self.crop = CONV[axes](channels, 3, 3, padding=1), factors, crop
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = self.blocks[0](self.stem(x))
         for block, factor in zip(self.blocks[1:], self.factors, strict=True):
             h = block(F.interpolate(h, scale_factor=factor, mode="nearest"))
         return torch.tanh(self.rgb(h))[..., : h.shape[-1] - self.crop]
 
 
-def upsampler(**options: Any) -> nn.Module:
+def upsampler(**options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Upsampler(**options).eval()
 
 
-def wrapped(generator: nn.Module, *inputs: Tensor, **options: Any) -> retroexit.EarlyExitGenerator:
+def wrapped(generator, *inputs, **options):
     options = {"attach_at": ["blocks.0"], "branch": "subpixel", "macs": 0.6, "image_range": (-1, 1), **options}
     return retroexit.wrap(generator, example_inputs=inputs, **options)
 
@@ -58,15 +55,8 @@ def test_pixel_shuffle_inverts_unshuffle_and_agrees_with_torch(factors):
 @pytest.mark.parametrize("name", TOYS)
 def test_a_branch_is_built_for_every_generator_that_can_be_cut(name):
     toy = TOYS[name]()
-    model = retroexit.wrap(
-        toy.generator,
-        [toy.stages[0]],
-        0.5,
-        branch="subpixel",
-        min_channels=4,
-        example_inputs=toy.args,
-        example_kwargs=toy.kwargs,
-    )
+    example = {"example_inputs": toy.args, "example_kwargs": toy.kwargs}
+    model = retroexit.wrap(toy.generator, toy.stages[:1], 0.5, branch="subpixel", min_channels=4, **example)
     quick, full = model(*toy.args, exit=1, **toy.kwargs), model(*toy.args, **toy.kwargs)
     assert type(quick) is type(full)
     assert model.image(quick).shape == model.image(full).shape
@@ -113,16 +103,16 @@ def test_save_load_deepcopy_and_pickle_keep_every_bit(tmp_path):
 class CausalVideo(nn.Module):
     """Frames ``1 + 4 (t - 1)`` and pictures twice as large from ``t`` latent frames; no frame reads later ones."""
 
-    def __init__(self, is_causal: bool = True) -> None:
+    def __init__(self, is_causal=True):
         super().__init__()
         self.pad = (2, 0) if is_causal else (1, 1)
         self.stem, self.rgb = nn.Conv3d(4, 12, (3, 1, 1)), nn.Conv3d(12, 3, 1)
         self.blocks = nn.ModuleList(nn.Conv3d(12, 12, (3, 3, 3), padding=(0, 1, 1)) for _ in range(3))
 
-    def conv(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def conv(self, layer, x):
         return torch.relu(layer(F.pad(x, (0, 0, 0, 0, *self.pad))))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = self.conv(self.blocks[0], self.conv(self.stem, x))
         for block, pictures in zip(self.blocks[1:], (2, 1), strict=True):
             h = h.repeat_interleave(2, 2)[:, :, 1:]  # the first frame stays one
@@ -150,12 +140,12 @@ def test_a_branch_is_causal_where_the_decoder_is(is_causal):
 class WithLiveValues(nn.Module):
     """A stage that also reads a map, labels without a channel axis, a style vector and a skip from the input."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem, self.blocks = conv(4, 16), nn.ModuleList(conv(16, 16) for _ in range(2))
         self.style, self.mask, self.rgb = nn.Linear(6, 16), conv(2, 16, 1), conv(16, 3)
 
-    def forward(self, x: Tensor, mask: Tensor, labels: Tensor, z: Tensor) -> Tensor:
+    def forward(self, x, mask, labels, z):
         skip = torch.relu(self.stem(x))
         h = torch.relu(self.blocks[0](skip))
         h = h * (1 + self.style(z)[:, :, None, None]) + labels[:, None]
@@ -251,7 +241,7 @@ def test_wrong_options_are_refused(options, message):
 
 def test_an_image_with_other_axes_than_the_feature_is_refused():
     class Flat(Upsampler):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             return super().forward(x).mean(1).flatten(1)[:, None, None]
 
     with pytest.raises(retroexit.errors.BranchError, match=r"axes of the feature, got .* Pass branch='copy' here"):
@@ -269,7 +259,7 @@ def test_auto_takes_the_copy_unless_it_saves_little_and_says_why(tmp_path):
     assert retroexit.load(tmp_path, upsampler(), (x,)).exits == model.exits
 
 
-def refuse(*_args: Any, **_options: Any) -> Any:
+def refuse(*_args, **_options):
     raise retroexit.errors.BranchError("the copy is pinned. Do something.")
 
 
@@ -283,14 +273,14 @@ def test_where_no_copy_can_be_built_auto_takes_the_other_and_copy_advises_it(mon
         wrapped(upsampler(), x, branch="copy", **options)
 
 
-QUICK: Any = {"metric": Distance(), "losses": {"l1": 1.0}, "predictor_steps": 2, "batch": 4, "progress": False}
+QUICK = {"metric": Distance(), "losses": {"l1": 1.0}, "predictor_steps": 2, "batch": 4, "progress": False}
 
 
 def test_a_fit_starts_in_closed_form_and_reduces_the_loss(tmp_path):
     generator, samples = upsampler(), list(torch.rand(16, 4, 8, 8))
     model, x = wrapped(generator, torch.stack(samples[:2])), torch.rand(8, 4, 8, 8)
 
-    def loss() -> float:
+    def loss():
         with torch.no_grad():
             return float((model(x, exit=1) - model(x)).abs().mean())
 

@@ -11,62 +11,41 @@ from retroexit.branch.widths.plan import WidthRule, scaled_width
 
 
 def branch_of(toy, scale=1 / 4, **options):
-    """Wrap a toy generator with one exit; return its branch."""
     options = {"min_channels": 8, "example_inputs": toy.args} | options
     return retroexit.wrap(toy.generator, [1], scale, **options).branches[0]
 
 
 @pytest.mark.parametrize(
     ("channels", "scale", "floor", "width"),
-    [
-        (512, 1 / 15, 64, 64),
-        (512, 1 / 3, 64, 170),
-        (192, 1 / 3, 24, 64),
-        (48, 0.5, 64, 48),
-        (100, 1.0, 64, 100),
-        (3, 1 / 3, 1, 1),
-    ],
+    [(512, 1 / 15, 64, 64), (512, 1 / 3, 64, 170), (192, 1 / 3, 24, 64), (48, 0.5, 64, 48), (100, 1, 64, 100)],
 )
 def test_the_width_rule(channels, scale, floor, width):
     assert scaled_width(channels, scale, floor) == width == WidthRule(scale, floor)(channels)
     assert width == min(channels, max(floor, math.floor(channels * scale + 1e-9)))
 
 
-def test_the_default_floor_is_64(toys):
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        # Block 1 takes a narrow trunk beside the skip of 24, which comes from the backbone.
+        ("list_input_with_unet_skips", {"blocks.1.a": (8, 8 + 24, 3, 3), "rgb": (3, 8, 3, 3)}),
+        ("pixel_shuffle", {"blocks.1.a": (4 * 8, 8, 3, 3)}),
+        # 24 channels in 4 groups of 6 become 8 in 2 groups of 4: more than half of a group, in fewer of them.
+        ("grouped_depthwise_transposed", {"blocks.1.group": (8, 4, 3, 3), "blocks.1.depth": (8, 1, 3, 3)}),
+    ],
+)
+def test_the_shapes_of_narrow_weights(toys, name, shapes):
+    tail = branch_of(toys.TOYS[name]()).tail
+    assert {path: tuple(tail.get_parameter(f"{path}.weight").shape) for path in shapes} == shapes
+
+
+def test_the_default_floor_is_64_and_exits_may_have_different_scales(toys):
     toy = toys.TOYS["group_norm"]()
     (branch,) = retroexit.wrap(toy.generator, [1], 1 / 4, example_inputs=toy.args).branches
     assert branch.tail.get_parameter("blocks.1.a.weight").shape == (24, 32, 3, 3)
-
-
-def test_exits_may_have_different_scales(toys):
-    toy = toys.TOYS["group_norm"]()
     model = retroexit.wrap(toy.generator, [2, 1], [1 / 2, 1 / 4], min_channels=4, example_inputs=toy.args)
     first, second = (branch.tail.get_parameter("blocks.2.a.weight").shape[0] for branch in model.branches)
     assert (first, second) == (6, 12)
-
-
-def test_interfaces_keep_their_size(toys):
-    toy = toys.TOYS["list_input_with_unet_skips"]()
-    branch = branch_of(toy)
-    # Block 1 takes a narrow trunk beside the skip of 24, which comes from the backbone.
-    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (8, 8 + 24, 3, 3)
-    assert branch.tail.get_parameter("rgb.weight").shape == (3, 8, 3, 3)
-    assert branch.entry.project.in_channels == 32
-
-
-def test_a_multiple_shrinks_with_its_width(toys):
-    toy = toys.TOYS["pixel_shuffle"]()
-    branch = branch_of(toy)
-    assert branch.tail.get_parameter("blocks.1.a.weight").shape == (4 * 8, 8, 3, 3)
-
-
-def test_channels_per_group_follow_the_width_of_all_groups(toys):
-    toy = toys.TOYS["grouped_depthwise_transposed"]()
-    branch = branch_of(toy)
-    # 24 channels in 4 groups of 6 become 8 in 2 groups of 4: more than half of a group, in fewer of them.
-    assert branch.tail.get_parameter("blocks.1.group.weight").shape == (8, 4, 3, 3)
-    assert branch.tail.get_submodule("blocks.1.group").groups == 2
-    assert branch.tail.get_submodule("blocks.1.depth").groups == 8
 
 
 def test_tied_weights_stay_tied(toys):
@@ -114,7 +93,6 @@ def test_inheriting_prefers_strong_channels(toys):
 
 
 def test_dead_channels_cost_nothing_when_inherited(toys):
-    """A tail that uses 8 of its channels is reproduced by a branch of 8."""
     toy = toys.TOYS["tuple_output"]()
     generator = toy.generator
     dead32, dead24 = torch.arange(8, 32), torch.arange(8, 24)

@@ -1,13 +1,11 @@
 """The work of a wrap, and what must not hold the widths of a branch: long skips, outputs beside the image."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import retroexit
@@ -17,15 +15,15 @@ from retroexit.errors import RetroExitWarning
 class Dense(nn.Module):
     """Convolutions that read all before them, and a skip around each block and around all blocks."""
 
-    def __init__(self, count: int, conv: type[nn.Module] = nn.Conv2d, norm: bool = False) -> None:
+    def __init__(self, count, conv=nn.Conv2d, norm=False):
         super().__init__()
         self.first, self.last = conv(3, 16, 3, padding=1), conv(16, 3, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(conv(16 + 8 * i, 8 if i < 3 else 16, 3, padding=1) for i in range(4)) for _ in range(count)
-        )
+        widths = [(16, 8), (24, 8), (32, 8), (40, 16)]
+        blocks = (nn.ModuleList(conv(i, o, 3, padding=1) for i, o in widths) for _ in range(count))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.GroupNorm(4, 16) if norm else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         first = x = self.first(x)
         for block in self.blocks:
             parts = [x]
@@ -35,7 +33,7 @@ class Dense(nn.Module):
         return self.last(F.interpolate(self.norm(first + x), scale_factor=2.0))
 
 
-def wrap(generator: nn.Module, x: Tensor, scale: float = 1 / 4, exits: tuple[str, ...] = ("blocks.0.3",)):
+def wrap(generator, x, scale=1 / 4, exits=("blocks.0.3",)):
     return retroexit.wrap(generator.eval(), list(exits), scale, min_channels=4, example_inputs=(x,))
 
 
@@ -44,9 +42,8 @@ def test_layers_run_equally_often_in_larger_generators():
     for count in (3, 6, 12):
         calls = []
         with torch.no_grad():
-            hook = nn.modules.module.register_module_forward_pre_hook(
-                lambda m, _, calls=calls: calls.append(isinstance(m, nn.Conv2d))
-            )
+            note = lambda module, _, calls=calls: calls.append(isinstance(module, nn.Conv2d))  # noqa: E731
+            hook = nn.modules.module.register_module_forward_pre_hook(note)
             try:
                 wrap(Dense(count), torch.rand(1, 3, 8, 8))
             finally:
@@ -82,14 +79,12 @@ def test_at_full_width_a_long_skip_has_no_projection():
 
 
 class Cached(nn.Module):
-    """Returns what it computed beside the image."""
-
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep):
         super().__init__()
         self.inp, self.out, self.keep = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 3, 3, padding=1), keep
         self.up = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(4))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x):
         x, cache = self.inp(x), {}
         for number, up in enumerate(self.up):
             x = up(x).relu()

@@ -1,52 +1,35 @@
 """Decoders that write in place in eval mode: their branches learn, with the right gradients."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from toys import Chain, Distance, conv
 
 import retroexit
-from retroexit.metrics import QualityMetric
 
 EVEN = torch.tensor([[0, 2]])
 
 
-def conv(i: int, o: int) -> nn.Conv2d:
-    return nn.Conv2d(i, o, 3, padding=1)
-
-
 class Block(nn.Module):
-    def __init__(self, step: Callable[[Block, Tensor, bool], Tensor]) -> None:
+    def __init__(self, step):
         super().__init__()
         self.a, self.b, self.part, self.step = conv(16, 16), conv(16, 16), conv(4, 4), step
         self.writes = True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.step(self, x, self.writes)
 
 
-class Gen(nn.Module):
-    def __init__(self, step: Callable[[Block, Tensor, bool], Tensor]) -> None:
-        super().__init__()
+class Gen(Chain):
+    def __init__(self, step):
         torch.manual_seed(0)
-        self.stem, self.rgb = conv(4, 16), conv(16, 3)
-        self.blocks = nn.ModuleList(Block(step) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return torch.tanh(self.rgb(x))
+        super().__init__([Block(step) for _ in range(3)], 16, 16)
 
 
 class Reading(Gen):
     """Runs again behind its cuts, since a value decides how it goes on."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = super().forward(x)
         return y if float(x.sum()) > 0 else -y
 
@@ -54,24 +37,24 @@ class Reading(Gen):
 # Each step in place, and the same without.
 
 
-def slice_assign(block: Block, x: Tensor, writes: bool) -> Tensor:
+def slice_assign(block, x, writes):
     if not writes:
         return block.a(torch.cat([block.part(x[:, :4]), x[:, 4:]], 1))
     x[:, :4] = block.part(x[:, :4])
     return block.a(x)
 
 
-def relu(block: Block, x: Tensor, writes: bool) -> Tensor:
+def relu(block, x, writes):
     y = block.a(x).tanh()
     return block.b(y.relu_() if writes else y.relu())
 
 
-def add(block: Block, x: Tensor, writes: bool) -> Tensor:
+def add(block, x, writes):
     y = block.a(x).sigmoid()
     return y.add_(block.b(y)) if writes else y + block.b(y)
 
 
-def copied(block: Block, x: Tensor, writes: bool) -> Tensor:
+def copied(block, x, writes):
     y = block.a(x).tanh()
     if not writes:
         return block.b(torch.cat([block.part(y[:, :4]), y[:, 4:]], 1))
@@ -79,14 +62,14 @@ def copied(block: Block, x: Tensor, writes: bool) -> Tensor:
     return block.b(y)
 
 
-def index_put(block: Block, x: Tensor, writes: bool) -> Tensor:
+def index_put(block, x, writes):
     y = block.a(x).sigmoid()
     where = (torch.arange(y.shape[0])[:, None], EVEN)
     value = 2 * y[:, [1, 3]]
     return block.b(y.index_put_(where, value) if writes else y.index_put(where, value))
 
 
-def chunk(block: Block, x: Tensor, writes: bool) -> Tensor:
+def chunk(block, x, writes):
     y = block.a(x).sigmoid()
     p, q = y.chunk(2, dim=1)
     if not writes:
@@ -95,7 +78,7 @@ def chunk(block: Block, x: Tensor, writes: bool) -> Tensor:
     return block.b(y)
 
 
-def out(block: Block, x: Tensor, writes: bool) -> Tensor:
+def out(block, x, writes):
     y = block.a(x)
     return block.b(torch.mul(y, y, out=torch.empty_like(y)) if writes else y * y)
 
@@ -104,21 +87,14 @@ STEPS = [slice_assign, relu, add, copied, index_put, chunk, out]
 X = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def wrapped(generator: nn.Module, scale: float = 1.0) -> retroexit.EarlyExitGenerator:
-    return retroexit.wrap(
-        generator.eval(),
-        ["blocks.0"],
-        scale,
-        min_channels=4,
-        image_range=(-1, 1),
-        stages=[f"blocks.{i}" for i in range(3)],
-        example_inputs=(X,),
-    )
+def wrapped(generator, scale=1.0):
+    options = {"image_range": (-1, 1), "stages": [f"blocks.{i}" for i in range(3)], "example_inputs": (X,)}
+    return retroexit.wrap(generator.eval(), ["blocks.0"], scale, min_channels=4, **options)
 
 
 @pytest.mark.parametrize("kind", [Gen, Reading])
 @pytest.mark.parametrize("step", STEPS)
-def test_gradients_are_those_without_writes(kind: type[Gen], step: Callable[..., Tensor]) -> None:
+def test_gradients_are_those_without_writes(kind, step):
     generator = kind(step)
     with torch.no_grad():
         target = 1 - generator(X)
@@ -128,7 +104,7 @@ def test_gradients_are_those_without_writes(kind: type[Gen], step: Callable[...,
     for block in generator.blocks:
         block.writes = False
     generator.zero_grad()
-    image = torch.tanh(generator.rgb(generator.blocks[2](generator.blocks[1](feature))))
+    image = torch.tanh(generator.rgb(generator.blocks[2](generator.blocks[1](feature)).relu()))
     (image - target).square().mean().backward()
     expected = {name: p.grad for name, p in generator.named_parameters() if p.grad is not None}
     gradients = {name.removeprefix("tail."): p.grad for name, p in model.branches[0].named_parameters()}
@@ -137,35 +113,26 @@ def test_gradients_are_those_without_writes(kind: type[Gen], step: Callable[...,
     assert expected
 
 
-class Distance(QualityMetric):
-    name = "distance"
-
-    def compare(self, image: Tensor, reference: Tensor) -> Tensor:
-        return (image - reference).abs().flatten(1).mean(1)
-
-
 @pytest.mark.parametrize("step", STEPS)
-def test_a_branch_learns(step: Callable[..., Tensor], tmp_path: Path) -> None:
+def test_a_branch_learns(step, tmp_path):
     model = wrapped(Gen(step), 1 / 2)
     inputs = torch.rand(8, 4, 8, 8)
 
-    def loss() -> float:
+    def loss():
         with torch.no_grad():
             return float((model(inputs, exit=1) - model(inputs)).square().mean())
 
     with torch.no_grad():
         model.branches[0].tail.rgb.weight.mul_(-1)
     before = loss()
-    retroexit.fit(
-        model, inputs, tmp_path, metric=Distance(), losses={"l1": 1.0}, steps=12, batch=4, lr=1e-2,
-        predictor_steps=1, progress=False,
-    )  # fmt: skip
+    settings = {"losses": {"l1": 1.0}, "steps": 12, "batch": 4, "lr": 1e-2, "predictor_steps": 1}
+    retroexit.fit(model, inputs, tmp_path, metric=Distance(), progress=False, **settings)
     assert loss() < 0.9 * before
 
 
-def test_copies_are_kept_only_where_writes_need_them() -> None:
+def test_copies_are_kept_only_where_writes_need_them():
     class Plain(Gen):
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__(lambda block, x, _: block.b(block.a(x).relu_()))
 
     assert not wrapped(Plain()).branches[0].writes

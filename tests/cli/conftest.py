@@ -1,7 +1,6 @@
 """A toy module in a folder of its own, and the command line run beside it."""
 
-from __future__ import annotations
-
+import itertools
 import re
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ TOY = """
 import torch
 from torch import nn
 
-
 class Stage(nn.Module):
     def __init__(self, up):
         super().__init__()
@@ -25,7 +23,6 @@ class Stage(nn.Module):
 
     def forward(self, x):
         return self.up(torch.relu(self.conv(x)))
-
 
 class Decoder(nn.Module):
     def __init__(self):
@@ -41,63 +38,48 @@ class Decoder(nn.Module):
             h = stage(h)
         return torch.tanh(3 * self.rgb(h))
 
-
 def decoder():
     return Decoder()
-
 
 def with_inputs():
     return Decoder(), torch.rand(1, 4, 4, 4)
 
-
 def with_keywords():
     return Decoder(), (), {"z": torch.rand(1, 4, 4, 4)}
 
-
 def with_dict():
     return Decoder(), {"z": torch.rand(2, 4, 4, 4)}
-
 
 def sized(width, bias=True, *, name="toy"):
     made = Decoder()
     made.stem = nn.Conv2d(width, 12, 1, bias=bias)
     return made
 
-
 class Labelled(Decoder):
     def forward(self, z, label):
         return super().forward(z * (label + 1)[:, None, None, None])
 
-
 def wrong_keywords():
     return Decoder(), (), 3
 
-
 ready = Decoder()
-
 
 def broken():
     raise RuntimeError("no weights here")
 
-
 def number():
     return 3
-
 
 def keyword_samples():
     return [{"z": z} for z in samples]
 
-
 samples = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(1))
 few = samples[:5]
-none = []
 others = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(2))
-
 
 class Judge(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1))
-
 
 class Looks(nn.Sequential):
     def __init__(self):
@@ -105,17 +87,8 @@ class Looks(nn.Sequential):
 """
 
 
-FIT = {
-    "--inputs": "toy.py:samples",
-    "--attach-at": "1,2",
-    "--scale": "1/2,3/4",
-    "--min-channels": "4",
-    "--metric": "ms-ssim",
-    "--steps": "2",
-    "--batch": "2",
-    "--predictor-steps": "3",
-    "--out": "run",
-}
+FIT = {"inputs": "toy.py:samples", "attach_at": "1,2", "scale": "1/2,3/4", "min_channels": "4"}
+FIT |= {"metric": "ms-ssim", "steps": "2", "batch": "2", "predictor_steps": "3", "out": "run"}
 FACE = (
     *("--loss", "megaportraits", "--instead", "vgg=features-random", "--instead", "ms-ssim=quality"),
     *("--discriminator", "toy.py:Judge", "--gaze", "toy.py:Looks"),
@@ -160,14 +133,12 @@ class Runner:
         return Result(status, printed.out, printed.err)
 
     def fit(self, *words, target="toy.py:decoder", **options):
-        changed = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
-        pairs = [word for pair in {**FIT, **changed}.items() for word in pair]
-        return self("fit", target, *pairs, *words)
+        pairs = [(f"--{name.replace('_', '-')}", value) for name, value in (FIT | options).items()]
+        return self("fit", target, *itertools.chain(*pairs), *words)
 
 
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch):
-    """Run a command line beside a file ``toy.py``."""
     (tmp_path / "toy.py").write_text(TOY)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

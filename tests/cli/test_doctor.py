@@ -1,7 +1,9 @@
 """``retroexit doctor`` and ``retroexit plugins``."""
 
 import importlib.metadata
+import os
 import re
+import sys
 
 import torch
 
@@ -50,25 +52,23 @@ def test_the_doctor_checks_the_hash_of_cached_weights(monkeypatch, tmp_path):
     assert vgg.status == "ok"
 
 
-def test_the_doctor_reports_a_check_that_breaks(monkeypatch):
-    def broken():
-        raise OSError("no threads today")
+def test_the_doctor_reports_what_breaks(monkeypatch):
+    def broken(*_):
+        raise OSError("not today")
 
     monkeypatch.setattr(torch, "get_num_threads", broken)
-    (threads,) = [check for check in doctor.diagnose() if check.name == "threads"]
-    assert threads.status == "fail"
-    assert "OSError: no threads today" in threads.detail
+    monkeypatch.setitem(sys.modules, "hnswlib", None)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    failed = {check.name: check for check in doctor.diagnose() if check.status == "fail"}
+    assert failed.keys() == {"threads", "retrieval: hnswlib", "cache folder"}
+    assert "OSError: not today" in failed["threads"].detail
+    assert failed["retrieval: hnswlib"].hint == "pip install --force-reinstall --no-cache-dir hnswlib"
+    assert failed["cache folder"].hint == "set TORCH_HOME to a folder that you may write to"
 
 
 def test_the_doctor_lists_every_dependency_once_with_its_extra(monkeypatch):
-    requirements = [
-        "torch!=2.13.0,>=2.9",
-        "numpy",
-        "nosuchcore>=1",
-        "nosuchextra>=1; extra == 'all'",
-        "nosuchextra>=1; extra == 'report'",
-        "ray[data,serve]>=2; extra == 'ray'",
-    ]
+    requirements = ["torch!=2.13.0,>=2.9", "numpy", "nosuchcore>=1", "nosuchextra>=1; extra == 'all'"]
+    requirements += ["nosuchextra>=1; extra == 'report'", "ray[data,serve]>=2; extra == 'ray'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: requirements)
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.1.0" if n == "retroexit" else version(n))

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import retroexit_oasis as oasis
 import torch
 
 import retroexit
@@ -164,16 +165,15 @@ def test_missing_weights_are_listed_and_refused_at_the_end(run, tmp_path, monkey
 
 
 def test_a_trained_discriminator_is_loaded_from_a_file_into_the_adapters_network(run, tmp_path):
-    oasis = pytest.importorskip("retroexit_oasis")
     (tmp_path / "city.py").write_text(
         "import torch, retroexit_oasis as o\n"
-        "def make():\n    torch.manual_seed(0)\n    return o.OASISGenerator(6, 4, 2, (64, 128), 8)\n"
-        "labels = torch.randint(6, (4, 8, 16), generator=torch.Generator().manual_seed(0))\n"
+        "def make():\n    torch.manual_seed(0)\n    return o.OASISGenerator(6, 4, 2, (64, 64), 8)\n"
+        "labels = torch.randint(6, (4, 8, 8), generator=torch.Generator().manual_seed(0))\n"
         "labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)\n"
         "samples = [o.one_hot(x[None], 6)[0] for x in labels]\n"
     )
     torch.save(oasis.OASISDiscriminator(6).state_dict(), tmp_path / "D.pth")
-    city = {"target": "city.py:make", "inputs": "city.py:samples", "attach_at": "1", "scale": "1/2"}
+    city = {"target": "city.py:make", "inputs": "city.py:samples", "attach_at": "4", "scale": "1/2", "batch": "1"}
     losses = ("--loss", "oasis", "--instead", "vgg=l1", "--instead", "lpips=quality", "--dry-run")
     printed = run.fit(*losses, "--discriminator", "D.pth", "--adapter", "oasis", **city).succeeds()
     size = sum(p.numel() for p in oasis.OASISDiscriminator(6).parameters())

@@ -40,13 +40,10 @@ def test_inputs_are_one_hot_maps_and_styles_of_held_out_scenes_in_order():
     assert scene_inputs(0) == []
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"count": -1}, {"count": 1, "first": -1}, {"count": 2, "seed": 999, "first": 999}]
-)
-def test_inputs_outside_the_held_out_range_are_errors(arguments):
-    values = rf"got count={arguments['count']}, seed={arguments.get('seed', 0)}"
-    with pytest.raises(OptionError, match=values):
-        scene_inputs(**arguments)
+@pytest.mark.parametrize(("count", "seed", "first"), [(-1, 0, 0), (1, 0, -1), (2, 999, 999)])
+def test_inputs_outside_the_held_out_range_are_errors(count, seed, first):
+    with pytest.raises(OptionError, match=f"got count={count}, seed={seed}"):
+        scene_inputs(count, seed=seed, first=first)
 
 
 @torch.no_grad()

@@ -33,11 +33,8 @@ print(type(again.bank.retriever).__name__, report.metric["name"], model.is_recor
 
 
 def run(python, *words, folder=None):
-    """Run a Python command line in the environment; gives what it printed."""
-    settings = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [str(python), *words], capture_output=True, text=True, cwd=folder, env={**os.environ, **settings}
-    )
+    environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([str(python), *words], capture_output=True, text=True, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

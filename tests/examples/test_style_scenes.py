@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import retroexit_stylegan
 import torch
 
 import retroexit
 
-retroexit_stylegan = pytest.importorskip("retroexit_stylegan", reason="install the project to get its adapters")
 FOLDER = Path(__file__).resolve().parents[2] / "examples/style_scenes"
 BACKBONE = FOLDER / "backbone.safetensors"
 

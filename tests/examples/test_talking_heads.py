@@ -32,9 +32,8 @@ def drawn(shared, tmp_path):
             image = np.tile(back, (64, 64, 1)).astype(np.uint8)
             image[20:44, 4 * frame : 4 * frame + 24] = 255 - back
             Image.fromarray(image).save(folder / f"{frame:04d}.jpg")
-    (tmp_path / "data/faces/clips.json").write_text(
-        json.dumps({"clips": {name: {} for name in "abcd"}, "splits": SPLITS})
-    )
+    clips = {"clips": {name: {} for name in "abcd"}, "splits": SPLITS}
+    (tmp_path / "data/faces/clips.json").write_text(json.dumps(clips))
     return tmp_path
 
 

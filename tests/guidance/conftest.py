@@ -24,26 +24,10 @@ class Posed(nn.Module):
 
 @pytest.fixture
 def posed():
-    """The generator; its stages are ``stages.0`` to ``stages.3``."""
     torch.manual_seed(2)
     return Posed().eval()
 
 
 @pytest.fixture
 def metric(toys):
-    """A quality metric that takes images of any size."""
     return toys.Distance()
-
-
-@pytest.fixture
-def handed():
-    """``handed(branch)`` gives a list that every guide handed to the branch is added to."""
-
-    def watch(branch):
-        guides = []
-        branch.register_forward_pre_hook(
-            lambda _module, _args, kwargs: guides.append(kwargs["guide"]), with_kwargs=True
-        )
-        return guides
-
-    return watch

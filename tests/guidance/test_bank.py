@@ -46,12 +46,6 @@ def by_table(feature, foreign_to=None):
     return values.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, 8, 16), (nearest // 8).view(-1, 2, 4)
 
 
-def test_an_input_of_an_unthinned_bank_is_guided_by_its_value():
-    guide = make().guide(FEATURES)
-    assert torch.equal(guide, VALUES)
-    assert guide.is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("excluded", [None, [4, 0, 11]])
 def test_a_guide_equals_a_search_among_all_patches_without_the_excluded_input(excluded):
     feature = FEATURES[[4, 0, 11]] + 0.01 * torch.randn(3, 6, 4, 8)
@@ -118,11 +112,12 @@ def test_the_guide_has_the_dtype_of_the_feature_and_no_gradient(dtype):
     assert torch.equal(guide, VALUES.to(dtype))
 
 
-def test_maps_of_another_size_and_empty_batches_are_guided_too():
+def test_an_input_of_an_unthinned_bank_is_guided_by_its_value_at_any_size_and_in_empty_batches():
     bank = make()
-    assert torch.equal(
-        bank.guide(torch.cat([FEATURES[:2], FEATURES[2:4]], dim=3)), torch.cat([VALUES[:2], VALUES[2:4]], dim=3)
-    )
+    guide = bank.guide(FEATURES)
+    assert torch.equal(guide, VALUES) and guide.is_contiguous(memory_format=torch.channels_last)
+    wide, expected = (torch.cat([x[:2], x[2:4]], dim=3) for x in (FEATURES, VALUES))
+    assert torch.equal(bank.guide(wide), expected)
     assert bank.guide(FEATURES[:0], exclude=torch.zeros(0, dtype=torch.int64)).shape == (0, 3, 8, 16)
 
 
@@ -172,11 +167,7 @@ def test_wrong_calls_are_refused_with_the_value(call, error, message):
         call(make())
 
 
-@pytest.mark.parametrize(
-    "retriever",
-    [ExactRetriever(), FaissRetriever(index="HNSW8"), HnswlibRetriever(ef=40)],
-    ids=lambda retriever: retriever.name,
-)
+@pytest.mark.parametrize("retriever", [ExactRetriever(), FaissRetriever(index="HNSW8"), HnswlibRetriever(ef=40)])
 def test_a_saved_bank_gives_the_same_guides(retriever, tmp_path):
     bank = make(retriever=retriever, meta={"fingerprint": "abc"})
     bank.save(tmp_path / "bank")
@@ -230,17 +221,14 @@ def test_damaged_files_are_never_used(damage, tmp_path):
         return "rebuilt" if torch.equal(loaded.guide(feature), sound) else "wrong"
 
     outcomes = damage.outcomes(tmp_path / "bank", 60, read)
-    assert {outcome for outcome in outcomes if outcome[1] != "refused"} == {("keys/index.bin", "rebuilt")}
+    assert {outcome for outcome in outcomes if outcome[1] != "refused"} == {("index.bin", "rebuilt")}
 
 
 @pytest.mark.parametrize(
     ("shape", "patch"),
     [
-        ((2, 3, 4, 6), (1, 1)),
-        ((2, 3, 4, 6), (2, 3)),
-        ((1, 5, 4, 6), (4, 6)),
-        ((2, 3, 12), (4,)),
-        ((2, 3, 4, 2, 6), (2, 1, 3)),
+        *(((2, 3, 4, 6), patch) for patch in ((1, 1), (2, 3), (4, 6))),
+        *(((2, 3, 9), (3,)), ((2, 3, 4, 2, 6), (2, 1, 3))),
     ],
 )
 def test_patches_of_maps_of_any_dimension_are_glued_to_the_same_map(shape, patch):
@@ -250,9 +238,8 @@ def test_patches_of_maps_of_any_dimension_are_glued_to_the_same_map(shape, patch
     grid = rows.shape[:-1]
     assert torch.equal(glue(rows.reshape(*grid, shape[1], *patch).movedim(len(grid), -1)), x)
     values = x.half().float()
-    bank = build_bank(
-        [(x, range(len(x)))], lambda ids: values[ids], patch=patch, thin="none", retriever=ExactRetriever()
-    )
+    options = {"patch": patch, "thin": "none", "retriever": ExactRetriever()}
+    bank = build_bank([(x, range(len(x)))], lambda ids: values[ids], **options)
     assert torch.equal(bank.guide(x), values)
 
 

@@ -95,12 +95,10 @@ def test_wrong_calls_of_a_bank_with_slopes_are_refused():
 
 def test_a_fit_fills_a_bank_with_slopes_and_its_model_comes_back(posed, metric, tmp_path):
     inputs = torch.randn(7, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    guidance = retroexit.Guidance(order=1, size=40)
+    options = {"guidance": retroexit.Guidance(order=1, size=40), "example_inputs": (inputs[:1],), "adapter": False}
 
     def wrapped():
-        return retroexit.wrap(
-            posed, [2], 0.5, min_channels=2, guidance=guidance, example_inputs=(inputs[:1],), adapter=False
-        )
+        return retroexit.wrap(posed, [2], 0.5, min_channels=2, **options)
 
     model = wrapped()
     retroexit.fit(model, inputs, tmp_path, metric=metric, steps=2, predictor_steps=1, progress=False)

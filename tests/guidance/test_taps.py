@@ -29,13 +29,8 @@ def other_key(x, pose):
 
 
 def wrap(generator, attach_at=(2,), guidance=True, **options):
-    settings = {
-        "stages": tuple(f"stages.{i}" for i in range(4)),
-        "example_inputs": (INPUTS[:2], POSES[:2]),
-        "adapter": False,
-        "min_channels": 4,
-        "image_range": (-1, 1),
-    }
+    settings = {"stages": [f"stages.{i}" for i in range(4)], "example_inputs": (INPUTS[:2], POSES[:2])}
+    settings |= {"adapter": False, "min_channels": 4, "image_range": (-1, 1)}
     return retroexit.wrap(generator, list(attach_at), 1 / 3, guidance=guidance, **(settings | options))
 
 
@@ -224,12 +219,8 @@ def test_a_key_function_is_given_again_at_loading_or_comes_from_the_adapter(pose
     model.save(tmp_path)
     example = (INPUTS[:1], POSES[:1])
     expected = model(INPUTS, POSES, exit=1)
-    for options in (
-        {"key": pose_key, "adapter": False},
-        {"key": pose_key, "adapter": describe(key=other_key)},
-        {"adapter": describe(key=pose_key)},
-    ):
-        loaded = retroexit.load(tmp_path, posed, example, **options)
+    for key, adapter in ((pose_key, False), (pose_key, describe(key=other_key)), (None, describe(key=pose_key))):
+        loaded = retroexit.load(tmp_path, posed, example, key=key, adapter=adapter)
         assert torch.equal(loaded(INPUTS, POSES, exit=1), expected)
         assert loaded.options.guidance == model.options.guidance
     for adapter in (False, describe(), describe(key=other_key)):
@@ -239,8 +230,7 @@ def test_a_key_function_is_given_again_at_loading_or_comes_from_the_adapter(pose
 
 def test_a_key_function_for_a_model_without_one_is_refused(posed, tmp_path):
     wrap(posed).save(tmp_path)
-    message = r"was saved without a key function, got key=.*pose_key'. Leave key out"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=r"was saved without a key function, got key=.*pose_key'. Leave key out"):
         retroexit.load(tmp_path, posed, adapter=False, key=pose_key)
 
 

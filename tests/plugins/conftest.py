@@ -10,7 +10,6 @@ from retroexit.plugins import Host, hookimpl
 
 @pytest.fixture
 def empty():
-    """Return a host without any plug-in."""
     return Host(discover=False)
 
 

@@ -33,7 +33,6 @@ class Decoder(nn.Module):
 
 
 def codes(generator):
-    assert isinstance(generator, Decoder)
     return (torch.arange(64).view(1, 8, 8) % generator.book.num_embeddings,), {}
 
 
@@ -101,10 +100,8 @@ def test_a_good_adapter_passes_and_the_report_says_what_was_checked(decoder, unt
     assert report.skipped == ()
     assert len(report.checked) == 17
     assert {"stages run once, in order", "build_stage makes stages that run"} < set(report.checked)
-    assert str(report).splitlines()[:2] == [
-        "adapter for toy: 3 stages",
-        "  ok       the generator is recognised, others are not",
-    ]
+    first = "adapter for toy: 3 stages\n  ok       the generator is recognised, others are not\n"
+    assert str(report).startswith(first)
 
 
 def test_what_a_description_leaves_out_is_skipped(decoder):
@@ -157,8 +154,6 @@ class Idle(Judge):
 
 
 class Constant:
-    """An objective without gradients."""
-
     name, needs_inputs = "constant", False
 
     def of_branch(self, verdict, batch):
@@ -187,36 +182,18 @@ ROWS = "predictor_inputs must return shapes that differ in N only, got (2, 2, 8,
         ({"example_inputs": lambda g: torch.zeros(1)}, [PAIR]),
         ({"example_inputs": lambda g: ((torch.zeros(1, 8, 8),), {})}, ["example inputs run: RuntimeError"]),
         ({"example_inputs": None}, ["the description has no example_inputs; write them, or pass"]),
-        (
-            {"example_inputs": change_weights},
-            ["the adapter changed weights or buffers of the generator; work on a copy"],
-        ),
+        ({"example_inputs": change_weights}, ["the adapter changed weights or buffers of the generator; work on a "]),
         (
             {"discriminator": lambda generator: Idle()},
-            [
-                "hinge gives the branch no gradient; do not detach its images",
-                "no gradient reaches 2.weight, 2.bias, spare.weight, spare.bias of the discriminator",
-            ],
+            ["hinge gives the branch no gradient; do not detach", "reaches 2.weight, 2.bias, spare.weight, spare.bi"],
         ),
-        (
-            {"discriminator": lambda generator: nn.Sequential(nn.Flatten(), nn.Linear(3, 1))},
-            ["discriminator and objective train a branch: "],
-        ),
-        (
-            {"build_stage": lambda stage, c_in, c_out: stage},
-            ["build_stage for 'blocks.0' must return a new module, got Block("],
-        ),
+        ({"discriminator": lambda generator: nn.Linear(3, 1)}, ["discriminator and objective train a branch: "]),
+        ({"build_stage": lambda stage, *_: stage}, ["build_stage for 'blocks.0' must return a new module, got Block("]),
         ({"build_stage": lambda stage, c_in, c_out: 1 / 0}, ["build_stage for 'blocks.0': ZeroDivisionError"]),
         ({"image_range": (0.9, 1.0)}, ["got (0.9, 1.0). State the range of the trained"]),
         ({"predictor_inputs": lambda c: c[:, None].float().expand(-1, len(c), -1, -1)}, [ROWS]),
         ({"adversarial": "best"}, ["of_discriminator, got 'best'"]),
-        (
-            {"adversarial": Constant()},
-            [
-                "constant gives the branch no gradient; do not detach",
-                "constant does not train the discriminator; do not detach",
-            ],
-        ),
+        ({"adversarial": Constant()}, ["constant gives the branch no gradient", "constant does not train the discr"]),
     ],
 )
 def test_what_is_wrong_with_a_description_is_named(decoder, changed, problems):
@@ -225,8 +202,6 @@ def test_what_is_wrong_with_a_description_is_named(decoder, changed, problems):
 
 
 class Mixing(Decoder):
-    """Every sample sees the mean of its batch."""
-
     def forward(self, codes):
         x = self.book(codes).permute(0, 3, 1, 2)
         x = self.blocks[1](self.blocks[0](x + self.noisy * torch.randn(x.shape[0], 8, 1, 1)))

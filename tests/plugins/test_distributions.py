@@ -1,7 +1,5 @@
 """Broken distributions, with metadata in a folder on the path of a fresh interpreter."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -33,9 +31,8 @@ class Site:
     def run(self, *words):
         """Run a Python command line that sees these distributions."""
         path = os.pathsep.join([str(self.folder), *filter(None, sys.path)])
-        return subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
-        )
+        environment = os.environ | {"PYTHONPATH": path}
+        return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture

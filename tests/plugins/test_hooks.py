@@ -15,7 +15,7 @@ from retroexit import cli
 from retroexit.branch.branch import Branch
 from retroexit.errors import OptionError, PluginError
 from retroexit.metrics import QualityMetric
-from retroexit.plugins import Description, Host, PluginInfo, hookimpl, hookspecs, host
+from retroexit.plugins import Description, PluginInfo, hookimpl, hookspecs
 from retroexit.retrieval import Retriever
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -28,21 +28,6 @@ def painter():
     return Chain([Block(16, 16) for _ in range(3)], first=16, last=16).eval()
 
 
-@pytest.fixture
-def use(monkeypatch):
-    """Let the library work with its own plug-ins and one more, called ``mine``."""
-    from retroexit import builtin
-
-    def install(plugin):
-        replacement = Host(discover=False)
-        replacement.register(builtin, "builtin")
-        replacement.register(plugin, "mine")
-        monkeypatch.setattr(host(), "__dict__", vars(replacement))
-        return host()
-
-    return install
-
-
 def wrap(generator, **options):
     options = {"min_channels": 4, "example_inputs": (SAMPLES[:1],), **options}
     return retroexit.wrap(generator, [1], 1 / 2, **options)
@@ -51,7 +36,7 @@ def wrap(generator, **options):
 # The hooks, one by one.
 
 
-def test_hook_retroexit_describe(painter, use):
+def test_hook_retroexit_describe(painter, installed):
     paths = ("blocks.0", "blocks.1", "blocks.2")
 
     class Knows:
@@ -61,7 +46,7 @@ def test_hook_retroexit_describe(painter, use):
             options = {"stages": paths, "example_inputs": lambda generator: inputs, "image_range": (-1, 1)}
             return Description(name="painter", **options) if isinstance(generator, Chain) else None
 
-    plugins = use(Knows())
+    plugins = installed(mine=Knows())
     model = retroexit.wrap(painter, [1], 1 / 2, min_channels=4)
     assert model.is_recorded
     assert [stage.path for stage in model.split.decoder.stages] == list(paths)
@@ -72,13 +57,13 @@ def test_hook_retroexit_describe(painter, use):
     assert recognised[1].name == "painter"
 
 
-def test_hook_retroexit_build_stage(painter, use):
+def test_hook_retroexit_build_stage(painter, installed):
     class Builds:
         @hookimpl
         def retroexit_build_stage(self, stage, in_channels, out_channels):
             return Block(in_channels, out_channels) if isinstance(stage, Block) else None
 
-    plugins = use(Builds())
+    plugins = installed(mine=Builds())
     built = plugins.build_stage(painter.get_submodule("blocks.1"), 16, 5)
     assert isinstance(built, Block)
     assert built(torch.zeros(1, 16, 8, 8)).shape == (1, 5, 8, 8)
@@ -89,8 +74,6 @@ def test_hook_retroexit_build_stage(painter, use):
 
 
 class Backwards(Retriever):
-    """Exact search by a loop, in a class of its own."""
-
     name = "backwards"
 
     def _build(self, keys):
@@ -101,9 +84,8 @@ class Backwards(Retriever):
         return np.argsort(far, axis=1, kind="stable")[:, :k]
 
 
-def test_hook_retroexit_retrievers(offering, painter, use, tmp_path):
-    plugin = offering(retrievers={"backwards": Backwards})
-    plugins = use(plugin)
+def test_hook_retroexit_retrievers(offering, painter, installed, tmp_path):
+    plugins = installed(mine=offering(retrievers={"backwards": Backwards}))
     assert plugins.retriever("backwards") is Backwards
     assert plugins.names("retriever") == ("backwards", "exact", "faiss", "hnswlib")
     model = wrap(painter, guidance=retroexit.Guidance(retriever="backwards", size=16), image_range=(-1, 1))
@@ -115,17 +97,14 @@ def test_hook_retroexit_retrievers(offering, painter, use, tmp_path):
 
 
 class Gradient(QualityMetric):
-    """Mean difference of horizontal gradients."""
-
     name = "gradient"
 
     def compare(self, a, b):
         return (a.diff(dim=-1) - b.diff(dim=-1)).abs().mean((1, 2, 3))
 
 
-def test_hook_retroexit_metrics(offering, painter, use, tmp_path):
-    plugin = offering(metrics={"gradient": Gradient})
-    plugins = use(plugin)
+def test_hook_retroexit_metrics(offering, painter, installed, tmp_path):
+    plugins = installed(mine=offering(metrics={"gradient": Gradient}))
     assert isinstance(plugins.metric("gradient"), Gradient)
     assert "gradient" in plugins.names("metric")
     model = wrap(painter, image_range=(-1, 1))
@@ -136,7 +115,7 @@ def test_hook_retroexit_metrics(offering, painter, use, tmp_path):
     assert report.loss[:, 0] == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-6)
 
 
-def test_hook_retroexit_losses(offering, painter, use, tmp_path):
+def test_hook_retroexit_losses(offering, painter, installed, tmp_path):
     seen = []
 
     class Recorded(nn.HuberLoss):
@@ -144,8 +123,7 @@ def test_hook_retroexit_losses(offering, painter, use, tmp_path):
             seen.append(tuple(image.shape))
             return super().forward(image, target)
 
-    plugin = offering(losses={"huber": Recorded})
-    plugins = use(plugin)
+    plugins = installed(mine=offering(losses={"huber": Recorded}))
     assert isinstance(plugins.loss("huber"), nn.HuberLoss)
     assert {"huber", "l1", "vgg", "ms-ssim"} < set(plugins.names("loss"))
     model = wrap(painter, image_range=(-1, 1))
@@ -156,14 +134,9 @@ def test_hook_retroexit_losses(offering, painter, use, tmp_path):
     assert model.about["fit"]["losses"] == {"huber": 2.0}
 
 
-def test_hook_retroexit_width_rules(offering, painter, use):
-    plugin = offering(
-        width_rules={
-            "odd": lambda channels, scale, least: max(least, int(channels * scale)) | 1,
-            "huge": lambda channels, scale, least: channels + 1,
-        }
-    )
-    plugins = use(plugin)
+def test_hook_retroexit_width_rules(offering, painter, installed):
+    odd = lambda channels, scale, least: max(least, int(channels * scale)) | 1  # noqa: E731
+    plugins = installed(mine=offering(width_rules={"odd": odd, "huge": lambda channels, scale, least: channels + 1}))
     assert plugins.width_rule("odd")(16, 0.5, 4) == 9
     assert wrap(painter, width_rule="odd").branches[0].tail.get_submodule("rgb").in_channels == 9
     assert wrap(painter).branches[0].tail.get_submodule("rgb").in_channels == 8
@@ -174,7 +147,7 @@ def test_hook_retroexit_width_rules(offering, painter, use):
         wrap(painter, width_rule="huge")
 
 
-def test_hook_retroexit_branch_kinds(offering, painter, use, tmp_path):
+def test_hook_retroexit_branch_kinds(offering, painter, installed, tmp_path):
     class Plain(Branch):
         kind = "plain"
 
@@ -188,7 +161,7 @@ def test_hook_retroexit_branch_kinds(offering, painter, use, tmp_path):
     def build(tail, cut, values, spec, plan=None):
         return Plain(values[0].shape[1] if plan is None else plan["channels"])
 
-    use(offering(branch_kinds={"plain": build, "wrong": lambda *_: nn.Identity()}))
+    installed(mine=offering(branch_kinds={"plain": build, "wrong": lambda *_: nn.Identity()}))
     model = wrap(painter, branch="plain")
     assert model.exits[0].kind == "plain"
     model.save(tmp_path)
@@ -200,13 +173,12 @@ def test_hook_retroexit_branch_kinds(offering, painter, use, tmp_path):
         wrap(painter, branch="wrong")
 
 
-def test_hook_retroexit_commands(offering, use, capsys):
+def test_hook_retroexit_commands(offering, installed, capsys):
     def greet(name="you"):
         """Greet somebody."""
         typer.echo(f"hello {name}")
 
-    plugin = offering(commands={"greet": greet})
-    plugins = use(plugin)
+    plugins = installed(mine=offering(commands={"greet": greet}))
     assert plugins.commands()["greet"] is greet
     shown = {}
     for words in (["--help"], ["greet", "--name", "me"], ["plugins"]):
@@ -242,13 +214,13 @@ def test_the_newest_plugin_that_describes_a_generator_is_used_unless_another_is_
         empty.describe(nn.ReLU(), "third")
 
 
-def test_an_adapter_may_be_named_and_has_to_recognise_the_generator(painter, toys, use):
+def test_an_adapter_may_be_named_and_has_to_recognise_the_generator(painter, installed):
     class Knows:
         @hookimpl
         def retroexit_describe(self, generator):
             return Description(name="a painter") if isinstance(generator, Chain) else None
 
-    use(Knows())
+    installed(mine=Knows())
     wrap(painter, adapter="mine")
     with pytest.raises(OptionError, match="must be a plug-in that recognises a ReLU, got 'mine'"):
         retroexit.wrap(nn.ReLU().eval(), [1], 1 / 2, adapter="mine")

@@ -17,8 +17,6 @@ OWN_RETRIEVERS = ("exact", "faiss", "hnswlib")
 
 
 class Annoy(Retriever):
-    """A retriever that is never built."""
-
     name = "annoy"
 
     def _build(self, keys):
@@ -91,9 +89,7 @@ def test_plugins_are_loaded_once_and_a_warning_turned_into_an_error_stops_nothin
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         host = Host()
-        with pytest.raises(
-            RetroExitWarning, match="plug-in 'broken' of sad-plugin 1.2 is not in use: ValueError: boom"
-        ):
+        with pytest.raises(RetroExitWarning, match="'broken' of sad-plugin 1.2 is not in use: ValueError: boom"):
             host.retriever("annoy")
         assert host.retriever("annoy") is Annoy
         assert len(host.installed()) == 3
@@ -108,7 +104,6 @@ class Unmarked:
 
 
 def implementing(hook, *arguments):
-    """Make a plug-in whose hook has certain arguments."""
     scope = {}
     exec(f"def {hook}({', '.join(arguments)}): pass", scope)
     return SimpleNamespace(**{hook: hookimpl(scope[hook])})

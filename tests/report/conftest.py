@@ -1,13 +1,9 @@
 """Evaluations with made-up numbers."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
 from retroexit.evaluation.sweep import Evaluation
-
-MakeEvaluation = Callable[..., Evaluation]
 
 
 @pytest.fixture(scope="session")

@@ -17,27 +17,14 @@ def texts(svg):
     return ["".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
-DRAWINGS = {
-    "distribution": lambda e: figures.distribution_over_exits(e, [0.05, 0.1]),
-    "per exit": figures.quality_per_exit,
-    "against compute": figures.quality_against_compute,
-    "enforcement": figures.predictor_enforcement,
-    "distance": figures.difficulty_against_distance,
-}
+DRAWINGS = [figures.quality_per_exit, figures.quality_against_compute, figures.predictor_enforcement]
+DRAWINGS += [figures.difficulty_against_distance, lambda e: figures.distribution_over_exits(e, [0.05, 0.1])]
+SHAPES = [{}, {"samples": 1, "branches": 1}, {"samples": 30, "branches": 8}, {"samples": 4, "distance": np.ones(4)}]
+LOSSLESS = {"samples": 4, "branches": 2, "loss": np.zeros((4, 2)), "predicted": np.zeros((4, 2))}
 
 
-@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        {"samples": 1, "branches": 1},
-        {"samples": 30, "branches": 8},
-        {"samples": 4, "branches": 2, "loss": np.zeros((4, 2)), "predicted": np.zeros((4, 2))},
-        {"samples": 4, "distance": np.ones(4)},
-    ],
-    ids=["usual", "one sample", "eight exits", "no loss at all", "one distance"],
-)
+@pytest.mark.parametrize("draw", DRAWINGS)
+@pytest.mark.parametrize("shape", [*SHAPES, LOSSLESS])
 def test_every_figure_is_drawn_for_any_evaluation(make_evaluation, draw, shape):
     svg = draw(make_evaluation(**shape))
     assert svg == draw(make_evaluation(**shape))

@@ -61,8 +61,6 @@ def browser():
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files and says nothing."""
-
     def log_message(self, *_):
         pass
 

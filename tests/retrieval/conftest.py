@@ -48,7 +48,6 @@ def backend(request):
 
 @pytest.fixture
 def any_backend(request):
-    """As ``backend``."""
     return (BACKENDS | COMPRESSED)[request.param]
 
 

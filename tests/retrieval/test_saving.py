@@ -11,11 +11,7 @@ from retroexit.core.files import write_manifest
 from retroexit.errors import CheckpointError
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
 
-MADE = [
-    lambda: ExactRetriever(),
-    lambda: FaissRetriever(index="IVF4,Flat", nprobe=3),
-    lambda: HnswlibRetriever(M=8, ef=33, threads=2),
-]
+MADE = [ExactRetriever, lambda: FaissRetriever(index="IVF4,Flat", nprobe=3), lambda: HnswlibRetriever(ef=33, threads=2)]
 every_backend = pytest.mark.parametrize("make", MADE, ids=["exact", "faiss", "hnswlib"])
 
 
@@ -96,6 +92,7 @@ def test_a_failed_save_leaves_the_earlier_version(step, keys, tmp_path, monkeypa
         if step == "write":
             patched.setattr(ExactRetriever, "_dump", fail)
         else:
+            patched.setattr("retroexit.core.files._exchanged", lambda *_: False)
             patched.setattr("retroexit.core.files.os.rename", fail)
         with pytest.raises(OSError, match="disk full"):
             ExactRetriever().build(keys[:5]).save(tmp_path / "index")
@@ -103,7 +100,7 @@ def test_a_failed_save_leaves_the_earlier_version(step, keys, tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["index"] or step == "rename"
 
 
-def test_an_absent_folder_another_kind_and_another_schema_are_named(keys, tmp_path):
+def test_an_absent_folder_another_kind_and_another_schema_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"no retriever in .*absent"):
         ExactRetriever.load(tmp_path / "absent")
     write_manifest(tmp_path, {"kind": "guidance bank", "schema": 1}, ())

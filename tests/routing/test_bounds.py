@@ -3,10 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from retroexit.routing.calibration import most_group_violations, most_violations, samples_needed
-
-binom = pytest.importorskip("scipy.stats", reason="scipy computes the same another way").binom
 
 
 @given(st.integers(1, 3000), st.floats(0.005, 0.5), st.floats(0.5, 0.999))

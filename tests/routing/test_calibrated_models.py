@@ -33,7 +33,6 @@ def generator():
 
 @pytest.fixture(scope="module")
 def folder(generator, tmp_path_factory):
-    """A fitted model without calibration."""
     folder = tmp_path_factory.mktemp("fitted")
     options = {"min_channels": 4, "guidance": True, "image_range": (-1, 1), "example_inputs": (TRAIN[:1],)}
     model = retroexit.wrap(generator, [1, 2], [0.5, 0.75], **options)
@@ -140,7 +139,7 @@ def test_a_predictor_of_every_kind_reads_what_it_is_configured_for(kind, reads, 
         assert torch.equal(loaded(TRAIN[:5], threshold=tau), model(TRAIN[:5], threshold=tau))
 
 
-def test_what_a_predictor_cannot_read_is_refused(generator, folder):
+def test_what_a_predictor_cannot_read_is_refused(generator):
     with pytest.raises(OptionError, match="predictor must be one of conv, pooled, linear, got 'deep'"):
         Predictor(3, 2, kind="deep")
     with pytest.raises(OptionError, match="predict_from must be one of features, .* got 'noise'"):

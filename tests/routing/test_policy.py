@@ -13,10 +13,10 @@ from retroexit.routing.policy import assign_exits, check_number
 LOSS = st.floats(-1, 2, width=32) | st.just(math.nan) | st.just(math.inf)
 
 
-@given(
-    st.integers(1, 4).flatmap(lambda k: st.lists(st.lists(LOSS, min_size=k, max_size=k), min_size=1, max_size=6)),
-    st.floats(0, 2, width=32),
-)
+ROWS = st.integers(1, 4).flatmap(lambda k: st.lists(st.lists(LOSS, min_size=k, max_size=k), min_size=1, max_size=6))
+
+
+@given(ROWS, st.floats(0, 2, width=32))
 def test_every_sample_leaves_at_the_first_exit_that_is_good_enough(rows, threshold):
     expected = []
     for row in rows:

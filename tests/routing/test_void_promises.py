@@ -2,27 +2,18 @@
 
 import threading
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
+import toys
 
 import retroexit
 from retroexit.errors import OptionError, RetroExitWarning
-from retroexit.metrics import QualityMetric
-from retroexit.model import EarlyExitGenerator
-from retroexit.routing.calibration import Calibration
 from retroexit.routing.predictor import OODCounter
 
-Make = Callable[..., EarlyExitGenerator]
 
-
-class Distance(QualityMetric):
-    name = "distance"
+class Distance(toys.Distance):
     sha256 = "a" * 64
-
-    def compare(self, a, b):
-        return (a - b).abs().mean((1, 2, 3))
 
     def describe(self):
         return {**super().describe(), "sha256": self.sha256}
@@ -65,7 +56,6 @@ def _policy(model):
 
 
 def _size(model):
-    assert model.calibration is not None
     model.calibration.about["feature_size"] = [9, 9]
     model(*_batch(), threshold=0.5)
 
@@ -149,9 +139,8 @@ def test_samples_that_repeat_count_once(model):
         model.calibrate([*few, *few[:30]], metric=Distance(), progress=False)
     many = _inputs(70)
     groups = [f"drive {i % 3}" for i in range(70)]
-    calibration = model.calibrate(
-        [*many, *many], metric=Distance(), groups=groups * 2, rule="worst-group", progress=False
-    )
+    options = {"groups": groups * 2, "rule": "worst-group", "progress": False}
+    calibration = model.calibrate([*many, *many], metric=Distance(), **options)
     assert len(calibration) == 70 and calibration.about["duplicates"] == 70 and calibration.groups == groups
     assert sum(len(losses) for _, losses in calibration.left_out(0.3).values()) == 70
 
@@ -165,9 +154,3 @@ def test_a_counter_is_exact_when_threads_share_it():
     for thread in threads:
         thread.join()
     assert (counter.seen, counter.count) == (8 * 500 * 3, 8 * 500 * 2)
-
-
-def test_too_few_samples_like_the_fitting_set_are_named_after_the_guard():
-    losses, predicted = torch.full((80, 2), 0.1), torch.full((80, 2), torch.inf)
-    with pytest.raises(OptionError, match="59 samples like those of the fitting set, got 0: the guard"):
-        Calibration(losses, predicted)

@@ -52,8 +52,6 @@ class _Video(nn.Module):
 
 
 class _Difficulty(nn.Module):
-    """A predictor of (d, d - 1) for samples of difficulty d."""
-
     def forward(self, difficulty):
         return difficulty[:, None] - torch.arange(2.0)
 

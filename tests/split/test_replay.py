@@ -31,8 +31,6 @@ class Block(nn.Module):
 
 
 class Parts(nn.Module):
-    """What the generators below are made of."""
-
     def __init__(self):
         super().__init__()
         self.stem = Block("stem", 4, 32)
@@ -113,9 +111,7 @@ class Draws(Parts):
         return self.rgb(self.blocks[2](h + self.shift)).tanh()
 
 
-KINDS = {
-    "branches": Branches, "bundles": Bundles, "leaves": Leaves, "draws": Draws,
-}  # fmt: skip
+KINDS = {"branches": Branches, "bundles": Bundles, "leaves": Leaves, "draws": Draws}
 PLACES = ["blocks.0", "blocks.1"]
 
 
@@ -157,7 +153,6 @@ def wrap(generator, scale=1.0, **options):
 
 
 def drawn(call, *inputs, **options):
-    """Call with the same random numbers every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         return call(*inputs, **options)

@@ -1,4 +1,4 @@
-"""Segments and tails as modules: printed, compiled and exported."""
+"""Segments and tails as modules."""
 
 import pytest
 import torch
@@ -34,16 +34,12 @@ def split():
 
 
 @torch.no_grad()
-def test_segments_and_tails_print_compile_and_export(split):
+def test_segments_print_as_code_and_read_the_generators_own_tensors(split):
     z = torch.rand(3, 8)
     assert 'getattr(self.generator.blocks, "0")' in split.segments[0].code
     (feature,) = split.segments[1](*split.segments[0](z))
-    compiled = torch.compile(split.segments[0], backend="eager", fullgraph=True)
-    assert torch.equal(compiled(z)[0], split.segments[0](z)[0])
-    tail, expected = split.tail(1), split.generator(z)
-    assert torch.equal(tail(feature), expected)
-    assert torch.equal(torch.export.export(tail, (feature,)).module()(feature), expected)
-    split.generator.shift = split.generator.shift + 1  # a segment reads the generator's own tensors
+    assert torch.equal(split.tail(1)(feature), split.generator(z))
+    split.generator.shift = split.generator.shift + 1
     assert torch.equal(split.finish({split.cuts[1].feature: feature}), split.generator(z))
 
 

@@ -15,9 +15,8 @@ class Coder(nn.Module):
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 12, 4, 4), nn.BatchNorm2d(12)
         self.gain = nn.Parameter(torch.ones(12, 1, 1))
-        self.wrapper = nn.ModuleDict(
-            {"inner": nn.Sequential(nn.Sequential(Block(12, 12, True), Block(12, 12, True), Block(12, 12)))}
-        )
+        blocks = nn.Sequential(Block(12, 12, True), Block(12, 12, True), Block(12, 12))
+        self.wrapper = nn.ModuleDict({"inner": nn.Sequential(blocks)})
         self.head = nn.Conv2d(12, 3, 1)
         self.teacher = nn.Linear(5, 5)
 
@@ -61,10 +60,8 @@ def test_a_norm_that_closes_a_stage_belongs_to_it():
     def level(i, o):
         return [nn.ConvTranspose2d(i, o, 4, 2, 1), nn.BatchNorm2d(o), nn.ReLU()]
 
-    parts = lines(
-        nn.Sequential(*level(8, 16), *level(16, 12), *level(12, 8), nn.Conv2d(8, 3, 3, padding=1)),
-        torch.rand(1, 8, 4, 4),
-    )
+    levels = [*level(8, 16), *level(16, 12), *level(12, 8)]
+    parts = lines(nn.Sequential(*levels, nn.Conv2d(8, 3, 3, padding=1)), torch.rand(1, 8, 4, 4))
     assert [(p.name, p.stage is not None) for p in parts[1:]] == [("0", True), ("3", True), ("6", True), ("9", False)]
     assert parts[1].parameters == 8 * 16 * 16 + 16 + 32
 

@@ -15,9 +15,7 @@ def test_hooks_can_be_put_on_scripted_modules_and_run_around_the_users():
         if not isinstance(module, torch.jit.ScriptModule):
             module.register_forward_pre_hook(lambda *_: order.append("user's pre-hook"))
             module.register_forward_hook(lambda *_: order.append("user's hook"))
-        nn.Module.register_forward_pre_hook(
-            module, lambda _m, _a, _k: order.append("first"), prepend=True, with_kwargs=True
-        )
+        nn.Module.register_forward_pre_hook(module, lambda *_: order.append("first"), prepend=True, with_kwargs=True)
         nn.Module.register_forward_hook(module, lambda *_: order.append("last"), always_call=True)
         module(torch.rand(1, 2))
         assert (order[0], order[-1]) == ("first", "last")

@@ -1,16 +1,12 @@
 """A generator that changes after it was wrapped: exits see the change, or the call says which one it is."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from toys import Chain
 
 import retroexit
 from retroexit.errors import GeneratorError
@@ -20,36 +16,28 @@ from retroexit.tracing.record import record
 class Block(nn.Module):
     """Holds what forwards set while they run: a number, a size, a flag."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.LeakyReLU(0.2))
         self.gain, self.mode, self.skips = 1.0, "nearest", True
         self.largest, self.size, self.was_called = 0.0, (0, 0), False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         self.largest, self.size, self.was_called = float(x.detach().max()), x.shape[2:], True
         x = nn.functional.interpolate(self.conv(x), scale_factor=2.0, mode=self.mode) * self.gain
         return x if self.skips else -x
 
 
-class Gen(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
+class Gen(Chain):
+    def __init__(self):
         torch.manual_seed(0)
-        self.stem, self.rgb = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
-        self.blocks = nn.ModuleList([Block(), Block(), Block()])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.rgb(x)
+        super().__init__([Block(), Block(), Block()], 16, 16)
 
 
 class Stopping(Gen):
     """A value decides how the forward goes on, so that it runs again behind the cut."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         y = super().forward(x)
         return y if float(x.sum()) > 0 else -y
 
@@ -57,24 +45,24 @@ class Stopping(Gen):
 X = torch.rand(2, 4, 6, 6)
 
 
-def wrapped(generator: nn.Module) -> retroexit.EarlyExitGenerator:
+def wrapped(generator):
     return retroexit.wrap(generator.eval(), ["blocks.0", "blocks.1"], 1 / 2, min_channels=4, example_inputs=(X,))
 
 
-def add_lora(g: Gen) -> None:
+def add_lora(g):
     g.blocks[2].conv[0] = nn.Sequential(g.blocks[2].conv[0], nn.Conv2d(16, 16, 1))
 
 
-def offload(g: Gen) -> None:
+def offload(g):
     block = g.blocks[1]
     block._hf_hook, block.forward = SimpleNamespace(), block.forward
 
 
-def parametrized(g: Gen) -> None:
+def parametrized(g):
     nn.utils.parametrize.register_parametrization(g.rgb, "weight", nn.Identity())
 
 
-CHANGES: dict[str, tuple[Callable[[Gen], Any], str]] = {
+CHANGES = {
     "hook on the generator": (lambda g: g.register_forward_hook(lambda *_: None), "the .*itself: forward hooks"),
     "hook on a container": (lambda g: g.blocks[1].register_forward_hook(lambda *_: None), r"'blocks\.1' \(Block\)"),
     "hook in front of a leaf": (lambda g: g.rgb.register_forward_pre_hook(lambda *_: None), "'rgb'.*pre hooks"),
@@ -93,12 +81,10 @@ CHANGES: dict[str, tuple[Callable[[Gen], Any], str]] = {
 
 @pytest.mark.parametrize("kind", [Gen, Stopping])
 @pytest.mark.parametrize("change, message", CHANGES.values(), ids=list(CHANGES))
-def test_a_generator_that_changed_is_refused(
-    kind: type[Gen], change: Callable[[Gen], Any], message: str, tmp_path: Path
-) -> None:
+def test_a_generator_that_changed_is_refused(kind, change, message, tmp_path):
     model = wrapped(kind())
     change(model.generator)
-    calls: list[Callable[[], Any]] = [
+    calls = [
         *(lambda: model(X, exit=1), lambda: model.all_exits(X), lambda: model.features(X)),
         *(lambda: model.save(tmp_path / "model"), lambda: copy.deepcopy(model), lambda: model.double()(X, exit=1)),
     ]
@@ -108,7 +94,7 @@ def test_a_generator_that_changed_is_refused(
     assert not (tmp_path / "model").exists()
 
 
-def test_accelerate_is_refused_when_the_generator_is_wrapped() -> None:
+def test_accelerate_is_refused_when_the_generator_is_wrapped():
     generator = Gen()
     offload(generator)
     with pytest.raises(GeneratorError, match="accelerate"):
@@ -116,7 +102,7 @@ def test_accelerate_is_refused_when_the_generator_is_wrapped() -> None:
 
 
 @pytest.mark.parametrize("kind", [Gen, Stopping])
-def test_what_was_there_or_is_gone_or_is_set_by_the_forward_is_no_change(kind: type[Gen]) -> None:
+def test_what_was_there_or_is_gone_or_is_set_by_the_forward_is_no_change(kind):
     generator = kind()
     generator.blocks[1].register_forward_hook(lambda _m, _a, out: out / 2)
     model = wrapped(generator)
@@ -127,11 +113,11 @@ def test_what_was_there_or_is_gone_or_is_set_by_the_forward_is_no_change(kind: t
     assert torch.equal(model.all_exits(X.double())[-1], generator(X.double()))
 
 
-def test_a_recording_may_run_while_the_model_is_called() -> None:
+def test_a_recording_may_run_while_the_model_is_called():
     model = wrapped(Gen())
     checked = []
 
-    def check(*_: Any) -> None:
+    def check(*_):
         model.split.check_generator()  # while the hooks of the recording are there
         checked.append(1)
 

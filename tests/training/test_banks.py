@@ -1,15 +1,9 @@
 """Banks from a stream of inputs: interrupted, with noise drawn inside, by name."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from decoders import Chain, fit, latents, same, trained, wrap
-from torch import Tensor
 
 import retroexit
 from retroexit.core.samples import Samples
@@ -17,18 +11,16 @@ from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.retrieval import ExactRetriever
 from retroexit.split.split import SplitGenerator
-from retroexit.training.steps import Step, Steps
+from retroexit.training.steps import Steps
 from retroexit.training.stream_bank import stream_bank, stream_banks
 
 SAMPLES = torch.randn(14, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def chain(
-    guidance: retroexit.Guidance | None, noise: bool = False
-) -> tuple[retroexit.EarlyExitGenerator, list[list[int]]]:
+def chain(guidance, noise=False):
     """A wrapped generator, and the batch sizes that each of its stages has run with since."""
     generator, stages = Chain(4, noise).eval(), [f"stages.{i}" for i in range(4)]
-    runs: list[list[int]] = [[] for _ in stages]
+    runs = [[] for _ in stages]
     for index, stage in enumerate(generator.stages):
         stage.register_forward_hook(lambda _m, x, _y, i=index: runs[i].append(len(x[0])))
     example = {"example_inputs": (SAMPLES[:2],), "stages": stages}
@@ -38,19 +30,19 @@ def chain(
     return model, runs
 
 
-def build(items: Any = SAMPLES, **options: Any) -> GuidanceBank:
+def build(items=SAMPLES, **options):
     """A bank of a generator that draws noise."""
     model, _ = chain(retroexit.Guidance(value_after=2, size=50), noise=True)
     return stream_bank(model, Samples(items, 3), ExactRetriever(), progress=False, **options)
 
 
-def pose(x: Tensor) -> Tensor:
+def pose(x):
     return x.mean((2, 3))
 
 
-def test_values_belong_to_their_keys_where_noise_is_drawn_inside() -> None:
+def test_values_belong_to_their_keys_where_noise_is_drawn_inside():
     bank, model = build(), Chain(4, noise=True).eval()
-    outputs: list[Tensor] = []
+    outputs = []
     for stage in model.stages[:2]:
         stage.register_forward_hook(lambda _m, _x, output: outputs.append(output))
     for begin in range(0, len(SAMPLES), 4):
@@ -66,23 +58,21 @@ def test_values_belong_to_their_keys_where_noise_is_drawn_inside() -> None:
 
 
 @pytest.fixture
-def keep_partial_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def keep_partial_results(monkeypatch):
     """Write what an interrupted build continues from after every batch."""
     monkeypatch.setattr("retroexit.guidance.building._STORED", -1.0)
     monkeypatch.setattr("retroexit.guidance.building._SHARE", -1.0)
 
 
-def test_an_interrupted_build_continues_to_the_same_bank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_partial_results: None
-) -> None:
+def test_an_interrupted_build_continues_to_the_same_bank(tmp_path, monkeypatch, keep_partial_results):
     class Interrupted:
-        def __init__(self) -> None:
+        def __init__(self):
             self.reads, self.limit = 0, 1 + 14 + 8  # the first is checked, all are hashed, two batches run
 
-        def __len__(self) -> int:
+        def __len__(self):
             return len(SAMPLES)
 
-        def __getitem__(self, index: int) -> Tensor:
+        def __getitem__(self, index):
             self.reads += 1
             if self.reads > self.limit:
                 raise KeyboardInterrupt
@@ -101,9 +91,7 @@ def test_an_interrupted_build_continues_to_the_same_bank(
     assert np.array_equal(bank.values, expected.values) and bank.meta == expected.meta
 
 
-def test_an_interrupted_build_notices_that_an_input_has_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_partial_results: None
-) -> None:
+def test_an_interrupted_build_notices_that_an_input_has_changed(tmp_path, monkeypatch, keep_partial_results):
     monkeypatch.setattr("retroexit.guidance.building._compute_values", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(scratch=tmp_path / "part")
@@ -113,7 +101,7 @@ def test_an_interrupted_build_notices_that_an_input_has_changed(
         build(changed, scratch=tmp_path / "part")
 
 
-def test_keys_run_no_later_stage_and_values_only_batches_with_chosen_keys() -> None:
+def test_keys_run_no_later_stage_and_values_only_batches_with_chosen_keys():
     model, runs = chain(retroexit.Guidance(key_after=1, value_after=2, size=3))
     bank = stream_bank(model, Samples(SAMPLES, 3), ExactRetriever(), progress=False)
     sources = bank.source.unique()
@@ -122,7 +110,7 @@ def test_keys_run_no_later_stage_and_values_only_batches_with_chosen_keys() -> N
     assert runs[2] == runs[3] == []
 
 
-def test_keys_from_a_function_run_no_stage() -> None:
+def test_keys_from_a_function_run_no_stage():
     model, runs = chain(retroexit.Guidance(key=pose, size=2))
     bank = stream_bank(model, Samples(SAMPLES, 3), ExactRetriever(), progress=False)
     assert len(bank) == 2 and sum(runs[0]) <= 4 + 2
@@ -133,7 +121,7 @@ def test_keys_from_a_function_run_no_stage() -> None:
     torch.testing.assert_close(bank.guide(keys[:, :, None, None]), images, rtol=1e-3, atol=1e-3)
 
 
-def test_every_identity_gets_a_bank_of_its_own_frames(tmp_path: Path) -> None:
+def test_every_identity_gets_a_bank_of_its_own_frames(tmp_path):
     model, _ = chain(retroexit.Guidance(key=pose, thin="none"))
     names = ["ann", "bob"] * 7
     banks = dict(stream_banks(model, Samples(SAMPLES), names, ExactRetriever, progress=False))
@@ -158,7 +146,7 @@ def test_every_identity_gets_a_bank_of_its_own_frames(tmp_path: Path) -> None:
         (None, "the model has no guidance. Pass guidance="),
     ],
 )
-def test_names_that_are_no_folders_and_models_without_guidance_are_refused(names: Any, message: str) -> None:
+def test_names_that_are_no_folders_and_models_without_guidance_are_refused(names, message):
     with pytest.raises(OptionError, match=message):
         if names is None:
             stream_bank(chain(None)[0], Samples(SAMPLES), ExactRetriever())
@@ -169,17 +157,17 @@ def test_names_that_are_no_folders_and_models_without_guidance_are_refused(names
 # Fits with a bank that was made beforehand.
 
 
-def bank_of(inputs: Tensor) -> GuidanceBank:
+def bank_of(inputs):
     return stream_bank(wrap(guidance=True), Samples(inputs), ExactRetriever(), progress=False)
 
 
-def test_a_given_bank_guides_with_all_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_bank_guides_with_all_its_values(tmp_path, monkeypatch):
     model, inputs = wrap(guidance=True), latents(10)
     bank = bank_of(inputs)  # of the inputs of the fit, whose own values are not left out
-    guides: list[Tensor] = []
+    guides = []
     real = Steps.at
 
-    def at(steps: Steps, index: int) -> Step:
+    def at(steps, index):
         if steps.guide_of is not None:  # before, a loss is tried
             guides.append(steps.guide_of(range(10)))
         return real(steps, index)
@@ -192,7 +180,7 @@ def test_a_given_bank_guides_with_all_its_values(tmp_path: Path, monkeypatch: py
     assert np.array_equal(bank.source.unique().numpy(), np.arange(10))  # the given bank is unchanged
 
 
-def test_a_fit_goes_on_with_the_bank_that_it_began_with(tmp_path: Path) -> None:
+def test_a_fit_goes_on_with_the_bank_that_it_began_with(tmp_path):
     bank, other = bank_of(latents(10)), bank_of(latents(10) + 1)
     same(*(trained(fit(wrap(guidance=True), tmp_path, bank=bank)) for _ in range(2)))
     for wrong in (None, other):
@@ -200,7 +188,7 @@ def test_a_fit_goes_on_with_the_bank_that_it_began_with(tmp_path: Path) -> None:
             fit(wrap(guidance=True), tmp_path, bank=wrong)
 
 
-def test_a_bank_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_a_bank_that_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     bank = bank_of(latents(10))
     with pytest.raises(BankError, match="wrapped without guidance"):
         fit(wrap(), tmp_path / "plain", bank=bank)

@@ -1,17 +1,13 @@
 """Training of branches: settings that change no weight, averages, layouts, failures, TensorBoard."""
 
-from __future__ import annotations
-
 import math
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from decoders import SETTINGS, Distance, Noisy, Plain, checkpoint, fit, interrupted, latents, make, same, trained, wrap
-from torch import Tensor, nn
+from decoders import Distance, Noisy, Plain, checkpoint, fit, interrupted, latents, make, same, trained, wrap
+from torch import nn
 
 import retroexit
 from retroexit.core.samples import Samples
@@ -23,24 +19,24 @@ from retroexit.training.trainer import BranchTrainer, averaged
 # Ways that change no weight.
 
 
-def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+def close(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.allclose(value, other[name], rtol=1e-3, atol=1e-3), name
 
 
-def test_without_a_cache_the_weights_are_those_of_cached_features(tmp_path: Path) -> None:
+def test_without_a_cache_the_weights_are_those_of_cached_features(tmp_path):
     close(*(trained(fit(wrap(guidance=True), tmp_path / str(cache), crop=8, cache=cache)) for cache in (True, False)))
     assert (tmp_path / "True/cache").exists() and not (tmp_path / "False/cache").exists()
 
 
-def test_the_layout_changes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layout_changes_no_result(tmp_path, monkeypatch):
     quick = trained(fit(wrap(make(Plain)), tmp_path / "quick", steps=8))
     monkeypatch.setattr(BranchTrainer, "begin", lambda trainer, step: trainer.branch.train())
     close(quick, trained(fit(wrap(make(Plain)), tmp_path / "plain", steps=8)))
 
 
-def test_without_a_cache_noise_is_fresh_in_every_epoch() -> None:
+def test_without_a_cache_noise_is_fresh_in_every_epoch():
     model = wrap(make(Noisy))
     live = LiveFeatures(model, Samples(latents(6)))
     one, other = live.read(IMAGE, [0, 1, 2]), live.read(IMAGE, [0, 1, 3])
@@ -50,7 +46,7 @@ def test_without_a_cache_noise_is_fresh_in_every_epoch() -> None:
     assert torch.equal(one, live.read(IMAGE, [0, 1, 2]))  # what is handed out is a copy
 
 
-def test_windows_read_from_disk_are_those_cut_in_memory(tmp_path: Path) -> None:
+def test_windows_read_from_disk_are_those_cut_in_memory(tmp_path):
     model, samples = wrap(), Samples(latents(6))
     cache = FeatureCache.build(model, samples, tmp_path, progress=False)
     live = LiveFeatures(model, samples)
@@ -66,7 +62,7 @@ def test_windows_read_from_disk_are_those_cut_in_memory(tmp_path: Path) -> None:
 # The average.
 
 
-def test_the_average_is_that_of_a_loop() -> None:
+def test_the_average_is_that_of_a_loop():
     parameter, mean = nn.Parameter(torch.zeros(3)), np.zeros(3)
     average = averaged([parameter], 0.9)
     for step in range(200):
@@ -79,7 +75,7 @@ def test_the_average_is_that_of_a_loop() -> None:
     assert np.allclose(value.detach().numpy(), mean, rtol=1e-4)
 
 
-def test_the_average_is_saved_as_the_model_and_the_weights_in_the_checkpoint(tmp_path: Path) -> None:
+def test_the_average_is_saved_as_the_model_and_the_weights_in_the_checkpoint(tmp_path):
     model = fit(wrap(), tmp_path, steps=8, ema=0.9)
     last = fit(wrap(), tmp_path / "last", steps=8, ema=0.0)
     tensors, step = checkpoint(tmp_path, 1)
@@ -96,11 +92,11 @@ def test_the_average_is_saved_as_the_model_and_the_weights_in_the_checkpoint(tmp
 # Settings of the optimiser.
 
 
-def test_gradients_are_clipped_to_the_given_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    norms: list[float] = []
+def test_gradients_are_clipped_to_the_given_norm(tmp_path, monkeypatch):
+    norms = []
     real = torch.optim.Adam.step
 
-    def step(optimizer: torch.optim.Adam, *args: Any) -> Any:
+    def step(optimizer, *args):
         if len(optimizer.param_groups[0]["params"]) > 5 and optimizer.defaults["betas"] == (0.9, 0.99):
             gradients = [p.grad.flatten() for p in optimizer.param_groups[0]["params"] if p.grad is not None]
             norms.append(float(torch.cat(gradients).norm()))
@@ -120,24 +116,24 @@ def test_gradients_are_clipped_to_the_given_norm(tmp_path: Path, monkeypatch: py
 class Viewing(nn.Module):
     """Views a map as rows, as code does that counts on channels first."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(12, 12, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.conv(x)
         return torch.relu(x.view(len(x), -1)).view_as(x)
 
 
 @pytest.mark.parametrize("views", [False, True])
-def test_weights_are_channels_last_in_training_where_the_code_allows_it(tmp_path: Path, views: bool) -> None:
+def test_weights_are_channels_last_in_training_where_the_code_allows_it(tmp_path, views):
     generator = make(Plain)
     if views:
         generator.stages[1] = Viewing()
     model = wrap(generator, stages=("stages.0", "stages.1", "stages.2"))
-    layouts: list[bool] = []
+    layouts = []
 
-    def note_layout(branch: nn.Module, _: Any) -> None:
+    def note_layout(branch, _):
         if branch.training:
             maps = [p for p in branch.parameters() if p.dim() == 4]
             layouts.append(all(p.is_contiguous(memory_format=torch.channels_last) for p in maps))
@@ -148,9 +144,9 @@ def test_weights_are_channels_last_in_training_where_the_code_allows_it(tmp_path
     assert all(p.is_contiguous() for p in model.branches.parameters())
 
 
-def test_trying_a_layout_leaves_no_trace_in_the_statistics(tmp_path: Path) -> None:
+def test_trying_a_layout_leaves_no_trace_in_the_statistics(tmp_path):
     model = wrap()
-    seen: list[Tensor] = []
+    seen = []
     norm = next(m for m in model.branches[0].modules() if isinstance(m, nn.BatchNorm2d))
     norm.register_forward_pre_hook(lambda m, _: seen.append(m.running_mean.clone()) if m.training else None)
     fit(model, tmp_path, steps=2)
@@ -162,22 +158,22 @@ def test_trying_a_layout_leaves_no_trace_in_the_statistics(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_numbers_that_are_not_finite_stop_training_with_the_last_good_checkpoint(tmp_path: Path, broken: str) -> None:
+def test_numbers_that_are_not_finite_stop_training_with_the_last_good_checkpoint(tmp_path, broken):
     class Broken(Distance):
         calls = 0
 
-        def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        def compare(self, a, b):
             self.calls += 1
             distance = super().compare(a, b)
             if self.calls != 14:  # the first two calls are trials, then two calls in each step
                 return distance
             return distance * float("inf") if broken == "loss" else distance + (0 * a.sum((1, 2, 3))).sqrt()
 
-    model, settings = wrap(), SETTINGS | {"steps": 9}
+    model = wrap()
     problem = "loss of exit 2 became inf" if broken == "loss" else "gradient of the loss of exit 2 became nan"
     message = f"the {problem} at step 5: .*exit2.safetensors. Use another folder, and lr below 0.004"
     with pytest.raises(TrainingError, match=message):
-        retroexit.fit(model, latents(10), tmp_path, metric=Broken(), progress=False, **settings)
+        fit(model, tmp_path, metric=Broken(), steps=9)
     for number, branch in enumerate(model.branches, 1):
         tensors, step = checkpoint(tmp_path, number)
         assert step == 3 and not branch.training
@@ -185,12 +181,10 @@ def test_numbers_that_are_not_finite_stop_training_with_the_last_good_checkpoint
             assert torch.equal(parameter, tensors[f"ema.{place}"]), name
 
 
-def test_a_checkpoint_with_numbers_that_are_not_finite_is_never_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_never_written(tmp_path, monkeypatch):
     real = BranchTrainer.advance
 
-    def advance(trainer: BranchTrainer, step: Any) -> dict[str, float]:
+    def advance(trainer, step):
         parts = real(trainer, step)
         trainer.trained[0].detach().mul_(math.nan if trainer.step == 3 else 1)
         return parts
@@ -204,7 +198,7 @@ def test_a_checkpoint_with_numbers_that_are_not_finite_is_never_written(
 # TensorBoard.
 
 
-def test_tensorboard_shows_losses_and_images_once_after_an_interruption(tmp_path: Path) -> None:
+def test_tensorboard_shows_losses_and_images_once_after_an_interruption(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     settings = {"steps": 44, "checkpoint_every": 10, "tensorboard": True}
     with interrupted(BranchTrainer, "advance", 60):
@@ -218,9 +212,8 @@ def test_tensorboard_shows_losses_and_images_once_after_an_interruption(tmp_path
     assert (images[0].height, images[0].width) == (2 * 16, 3 * 16)
 
 
-def test_without_tensorboard_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tensorboard_its_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    message = r"tensorboard is missing. Run: pip install 'retroexit\[train\]'"
-    with pytest.raises(MissingExtraError, match=message):
+    with pytest.raises(MissingExtraError, match=r"tensorboard is missing. Run: pip install 'retroexit\[train\]'"):
         fit(wrap(), tmp_path, tensorboard=True)
     assert not (tmp_path / "fit.json").exists()

@@ -1,16 +1,12 @@
 """The end of a fit: calibration, times, another predictor; the description that it uses."""
 
-from __future__ import annotations
-
 import json
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from decoders import Chain, Distance, Judge, Plain, fit, latents, make, same, wrap
-from torch import Tensor, nn
+from torch import nn
 
 import retroexit
 from retroexit.core.samples import ImageRange, Samples
@@ -23,15 +19,14 @@ from retroexit.training.settings import FitSettings, set_aside
 
 fitting = sys.modules["retroexit.fit"]  # the name in the package is the function
 
-PROMISE: dict[str, Any] = {"calibrate": 0.5, "alpha": 0.5, "confidence": 0.5}
+PROMISE = {"calibrate": 0.5, "alpha": 0.5, "confidence": 0.5}
 
 
-def test_nothing_is_fitted_on_what_is_set_aside_to_calibrate_on(tmp_path: Path) -> None:
+def test_nothing_is_fitted_on_what_is_set_aside_to_calibrate_on(tmp_path):
     inputs = latents(10)
     model = fit(wrap(guidance=True), tmp_path, inputs, **PROMISE)
     fitted, aside = set_aside(10, FitSettings(calibrate=0.5))
     assert sorted([*fitted, *aside]) == list(range(10)) and len(aside) == 5
-    assert model.calibration is not None and model.bank is not None
     assert model.calibration.about["hash"] == Samples(inputs[aside]).digest()
     assert model.about["inputs"] == 5 and int(model.bank.source.max()) <= 4
     cached = json.loads((tmp_path / "cache/cache.json").read_text())["identity"]
@@ -40,13 +35,12 @@ def test_nothing_is_fitted_on_what_is_set_aside_to_calibrate_on(tmp_path: Path) 
     by_hand = (losses.mean((2, 3, 4)) + 1e-12).sqrt()
     assert torch.allclose(model.calibration.losses, by_hand, atol=1e-5)
     loaded = retroexit.load(tmp_path, model.generator, (inputs[:1],), adapter=False)
-    assert loaded.calibration is not None
     assert torch.equal(loaded.calibration.losses, model.calibration.losses)
     with pytest.raises(CheckpointError, match="other settings: calibrate was 0.5, is None"):
         fit(wrap(guidance=True), tmp_path, inputs)
 
 
-def test_a_sample_that_repeats_a_fitted_one_does_not_calibrate(tmp_path: Path) -> None:
+def test_a_sample_that_repeats_a_fitted_one_does_not_calibrate(tmp_path):
     inputs = torch.cat([latents(10)] * 2)
     fitted, aside = set_aside(20, FitSettings(calibrate=0.5))
     unseen = {i % 10 for i in aside} - {i % 10 for i in fitted}
@@ -54,10 +48,10 @@ def test_a_sample_that_repeats_a_fitted_one_does_not_calibrate(tmp_path: Path) -
     assert 0 < len(model.calibration) == len(unseen) < len(aside)
 
 
-def test_another_predictor_is_fitted_to_the_same_branches(tmp_path: Path) -> None:
+def test_another_predictor_is_fitted_to_the_same_branches(tmp_path):
     first = fit(wrap(guidance=True), tmp_path)
     written = (tmp_path / "branches/exit1.safetensors").stat().st_mtime_ns
-    more: dict[str, Any] = {"predictor": "linear", "predict_from": "features+distance"}
+    more = {"predictor": "linear", "predict_from": "features+distance"}
     second = fit(wrap(guidance=True), tmp_path, **more)
     assert first.predictor.options["kind"] == "conv" and second.predictor.options["kind"] == "linear"
     assert second.predictor.reads == "features+distance"
@@ -66,7 +60,7 @@ def test_another_predictor_is_fitted_to_the_same_branches(tmp_path: Path) -> Non
     assert second(latents(3), threshold=0.5).shape == (3, 3, 16, 16)
 
 
-def test_a_predictor_reads_the_inputs_where_nothing_is_cached(tmp_path: Path) -> None:
+def test_a_predictor_reads_the_inputs_where_nothing_is_cached(tmp_path):
     inputs = [(z, torch.rand(3), "name") for z in latents(6)]
     model = wrap(Named().eval(), example_inputs=(latents(1), torch.rand(1, 3), "name"))
     fit(model, tmp_path, inputs, predict_from="inputs", predictor="pooled", cache=False)
@@ -75,20 +69,18 @@ def test_a_predictor_reads_the_inputs_where_nothing_is_cached(tmp_path: Path) ->
 
 
 class Named(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stages = nn.ModuleList([nn.Conv2d(4, 8, 3, padding=1), *(nn.Conv2d(8, 8, 1) for _ in range(2))])
         self.rgb = nn.Conv2d(8, 3, 1)
 
-    def forward(self, z: Tensor, w: Tensor, name: str) -> Tensor:
+    def forward(self, z, w, name):
         for stage in self.stages:
             z = torch.relu(stage(z)) * (1 + w.mean(1)[:, None, None, None])
         return torch.tanh(self.rgb(z))
 
 
-def test_a_process_that_is_not_the_first_gets_what_the_first_one_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_is_not_the_first_gets_what_the_first_one_made(tmp_path, monkeypatch):
     model = wrap(make(Plain))
     more = {**PROMISE, "latency": 3}
     fit(model, tmp_path, **more)
@@ -100,22 +92,9 @@ def test_a_process_that_is_not_the_first_gets_what_the_first_one_made(
     assert second.latency == model.latency and second.calibration.describe() == model.calibration.describe()
 
 
-def test_options_of_the_end_are_checked_before_the_fit_begins(tmp_path: Path) -> None:
-    for wrong, message in (
-        ({"latency": 0}, "latency must be >= 1, got 0"),
-        ({"calibrate": 0.3}, "calibrate=0.3 of 10 inputs must be at least 59 .* got 3. Pass 197 inputs"),
-        ({"calibrate": 0.3, "confidence": 1.0}, "confidence must be a number between 0 and 1, got 1.0"),
-        ({"predictors": "conv"}, "no setting 'predictors' of a fit; closest: 'predictor"),
-    ):
-        with pytest.raises(OptionError, match=message):
-            fit(wrap(), tmp_path, **wrong)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_fit_uses_the_description_that_the_generator_was_wrapped_with(tmp_path: Path) -> None:
-    description = retroexit.Description(
-        name="mine", discriminator=lambda _: Judge(), adversarial="hinge", image_range=(0.0, 1.0)
-    )
+def test_a_fit_uses_the_description_that_the_generator_was_wrapped_with(tmp_path):
+    judged = {"discriminator": lambda _: Judge(), "adversarial": "hinge"}
+    description = retroexit.Description(name="mine", image_range=(0.0, 1.0), **judged)
     losses = {"losses": {"l1": 1, "adversarial": 1}}
     model = wrap(adapter=description)
     with pytest.warns(retroexit.RetroExitWarning, match="the discriminator Judge is untrained"):
@@ -140,7 +119,7 @@ def test_a_fit_uses_the_description_that_the_generator_was_wrapped_with(tmp_path
         (lambda generator: 1 / 0, "discriminator of mine raised ZeroDivisionError"),
     ],
 )
-def test_a_description_that_makes_no_discriminator_is_named(tmp_path: Path, discriminator: Any, message: str) -> None:
+def test_a_description_that_makes_no_discriminator_is_named(tmp_path, discriminator, message):
     model = wrap(adapter=retroexit.Description(name="mine", discriminator=discriminator))
     with pytest.raises(PluginError, match=message):
         fit(model, tmp_path, losses={"adversarial": 1})
@@ -149,7 +128,7 @@ def test_a_description_that_makes_no_discriminator_is_named(tmp_path: Path, disc
 # The estimated cost of a fit.
 
 
-def test_the_macs_of_a_step_are_those_of_a_count_by_hand() -> None:
+def test_the_macs_of_a_step_are_those_of_a_count_by_hand():
     inputs, stages = torch.randn(8, 4, 8, 8), tuple(f"stages.{i}" for i in range(3))
     model = wrap(Chain(3).eval(), attach_at=[1], stages=stages, example_inputs=(inputs[:1],))
     before = {name: value.clone() for name, value in model.branches.state_dict().items()}

@@ -1,54 +1,43 @@
 """The same window of features, guide and image."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from decoders import SETTINGS, Copying, Distance, make, wrap
-from torch import Tensor
+from decoders import SETTINGS, Copying, Distance, fit, make, wrap
 
 import retroexit
 from retroexit.errors import OptionError
 from retroexit.training.steps import Cropper
 
 
-def _coordinates(height: int, width: int) -> Tensor:
+def _coordinates(height, width):
     """A map ``(3, H, W)`` whose values are the coordinates."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([rows / 16 - 0.5, columns / 16 - 0.5, torch.zeros(height, width)])
 
 
 @pytest.mark.parametrize("guidance", [None, True])
-def test_windows_of_features_guide_and_image_coincide(tmp_path: Path, guidance: bool | None) -> None:
+def test_windows_of_features_guide_and_image_coincide(tmp_path, guidance):
     # Equal inputs, so that a guide from another sample shows the same places.
     inputs = _coordinates(4, 6)[None].repeat(8, 1, 1, 1)
-    model = wrap(
-        make(Copying),
-        stages=("stages.0", "stages.1", "stages.2"),
-        guidance=guidance and retroexit.Guidance(value_after=2),
-        example_inputs=(inputs[:2],),
-    )
-    seen: list[tuple[Tensor, Tensor | None]] = []
-    targets: list[Tensor] = []
+    guidance = guidance and retroexit.Guidance(value_after=2)
+    stages, seen, targets = [f"stages.{i}" for i in range(3)], [], []
+    model = wrap(make(Copying), stages=stages, guidance=guidance, example_inputs=(inputs[:2],))
 
     class Watching(Distance):
-        def compare(self, a: Tensor, b: Tensor) -> Tensor:
+        def compare(self, a, b):
             targets.append(b.detach().clone())
             return super().compare(a, b)
 
+    def note(branch, args, kwargs):
+        if branch.training:
+            seen.append((args[0].clone(), kwargs["guide"]))
+
     for branch in model.branches:
-        branch.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append((args[0].clone(), kwargs["guide"])) if _.training else None,
-            with_kwargs=True,
-        )
-    settings = SETTINGS | {"steps": 5, "crop": 8}
-    retroexit.fit(model, inputs, tmp_path, metric=Watching(), progress=False, **settings)
-    is_window = lambda image: len(image) == settings["batch"] and image.shape[2:] == (8, 8)  # noqa: E731
-    targets = [image for image in targets if is_window(image)][1:]  # the first one is a trial
+        branch.register_forward_pre_hook(note, with_kwargs=True)
+    fit(model, tmp_path, inputs, metric=Watching(), steps=5, crop=8)
+    windows = (SETTINGS["batch"], 3, 8, 8)
+    targets = [image for image in targets if image.shape == windows][1:]  # the first one is a trial
     seen = seen[2:]  # one call of each branch tries the layout of its weights
     assert len(seen) == len(targets) == 10
     for index, ((feature, guide), target) in enumerate(zip(seen, targets, strict=True)):
@@ -63,13 +52,13 @@ def test_windows_of_features_guide_and_image_coincide(tmp_path: Path, guidance: 
     assert len(corners) > 5
 
 
-def test_offsets_reach_every_window_on_the_grid() -> None:
+def test_offsets_reach_every_window_on_the_grid():
     cropper = Cropper.for_maps(8, (16, 24), [(4, 6), (8, 12)])
     corners = {tuple(corner) for corner in cropper.offsets(2000, np.random.default_rng(0)).tolist()}
     assert corners == {(i, j) for i in range(0, 9, 4) for j in range(0, 17, 4)}
 
 
-def test_windows_equal_slices_taken_one_by_one() -> None:
+def test_windows_equal_slices_taken_one_by_one():
     cropper = Cropper.for_maps(8, (16, 24), [(4, 6)])
     image, feature = torch.rand(5, 3, 16, 24), torch.rand(5, 7, 4, 6)
     offsets = cropper.offsets(5, np.random.default_rng(1))
@@ -79,7 +68,7 @@ def test_windows_equal_slices_taken_one_by_one() -> None:
         assert torch.equal(cropper(feature, offsets)[row], cell)
 
 
-def test_other_tensors_pass_and_a_shared_map_is_cut_for_every_sample() -> None:
+def test_other_tensors_pass_and_a_shared_map_is_cut_for_every_sample():
     cropper = Cropper.for_maps(8, (16, 24), [(4, 6), (1, 1)])
     offsets = cropper.offsets(3, np.random.default_rng(1))
     for other in (torch.rand(3, 9), torch.rand(3, 9, 1, 1), torch.rand(9, 4, 3, 3), torch.rand(3, 9, 5)):
@@ -88,7 +77,7 @@ def test_other_tensors_pass_and_a_shared_map_is_cut_for_every_sample() -> None:
     assert torch.equal(cropper(shared, offsets), cropper(shared.repeat(3, 1, 1, 1), offsets))
 
 
-def test_windows_as_large_as_the_image_are_the_image() -> None:
+def test_windows_as_large_as_the_image_are_the_image():
     image = torch.rand(2, 3, 16, 16)
     for size in (None, 16, 100):
         cropper = Cropper.for_maps(size, (16, 16), [(4, 4)])
@@ -104,6 +93,6 @@ def test_windows_as_large_as_the_image_are_the_image() -> None:
         (8, [(4, 8)], r"got \(4, 8\). Train on whole images \(crop=None\)"),
     ],
 )
-def test_wrong_sizes_are_refused(size: int, maps: list[Any], message: str) -> None:
+def test_wrong_sizes_are_refused(size, maps, message):
     with pytest.raises(OptionError, match=message):
         Cropper.for_maps(size, (16, 16), maps)

@@ -1,15 +1,11 @@
 """Several processes train as one does."""
 
-from __future__ import annotations
-
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from decoders import Plain, fit, make, start_script, wrap
-from torch import Tensor
 
 from retroexit.core.files import read_tensors
 from retroexit.errors import DeviceError, MissingExtraError, OptionError
@@ -26,15 +22,14 @@ print(f"process {torch.distributed.get_rank()} of {size}", flush=True)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """What one process gives."""
+def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     fit(wrap(make(Plain), guidance=True), folder, **SETTINGS)
     return read_tensors(next(folder.glob("weights-*.safetensors")))[0]
 
 
 @pytest.mark.parametrize("starter", ["torchrun", "fabric"])
-def test_two_processes_give_the_weights_of_one(tmp_path: Path, alone: dict[str, Tensor], starter: str) -> None:
+def test_two_processes_give_the_weights_of_one(tmp_path, alone, starter):
     pytest.importorskip("lightning_fabric")
     settings, launcher = dict(SETTINGS), []
     if starter == "torchrun":
@@ -54,11 +49,10 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, alone: dict[str, 
     assert len(moved) > 4  # the tolerance is small beside what was learnt
 
 
-def test_one_device_needs_no_fabric_and_more_are_refused_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_device_needs_no_fabric_and_more_are_refused_without_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     assert join() == join(1, 1) == Team(0, 1, None)
-    message = r"devices need lightning-fabric: pip install 'retroexit\[train\]'"
-    with pytest.raises(MissingExtraError, match=message):
+    with pytest.raises(MissingExtraError, match=r"devices need lightning-fabric: pip install 'retroexit\[train\]'"):
         join(2)
     monkeypatch.setenv("WORLD_SIZE", "4")  # of torchrun; the processes must not train apart
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -67,19 +61,19 @@ def test_one_device_needs_no_fabric_and_more_are_refused_without_it(monkeypatch:
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (1, 0), (-2, None)])
-def test_numbers_below_one_are_refused(numbers: tuple[int, int | None]) -> None:
+def test_numbers_below_one_are_refused(numbers):
     with pytest.raises(OptionError, match="devices and nodes must be >= 1, got"):
         join(*numbers)
 
 
-def test_processes_divide_a_batch_between_them() -> None:
+def test_processes_divide_a_batch_between_them():
     parts = [list(range(12))[Team(rank, 3).part(12)] for rank in range(3)]
     assert parts == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     with pytest.raises(OptionError, match="batch must be a multiple of 3 processes, got 8"):
         Team(0, 3).part(8)
 
 
-def test_a_generator_on_another_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_generator_on_another_device_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["retroexit.fit"], "join", lambda *_: Team(1, 2, torch.device("meta")))
     with pytest.raises(DeviceError, match="the generator must be on meta in this process of 2, got cpu"):
         fit(wrap(), tmp_path)

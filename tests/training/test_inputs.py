@@ -1,9 +1,5 @@
 """Samples of all kinds put together to batches."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,7 +7,7 @@ from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import OptionError
 
 
-def test_tensors_tuples_and_dicts_become_batches() -> None:
+def test_tensors_tuples_and_dicts_become_batches():
     x, y = torch.rand(5, 3), torch.rand(5, 2, 2)
     args, kwargs = Samples(x).gather([4, 0])
     assert torch.equal(args[0], x[[4, 0]]) and kwargs == {}
@@ -24,14 +20,14 @@ def test_tensors_tuples_and_dicts_become_batches() -> None:
     assert torch.equal(kwargs["a"], torch.zeros(2, 2))
 
 
-def test_batches_cover_every_sample_from_any_place() -> None:
+def test_batches_cover_every_sample_from_any_place():
     samples = Samples(torch.arange(7.0)[:, None])
     assert [rows for rows, _, _ in samples.batches(3)] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [args[0][:, 0].tolist() for _, args, _ in samples.batches(3, first=3)] == [[3, 4, 5], [6]]
 
 
 @pytest.mark.parametrize("items", [[], torch.zeros(0, 3), 5, iter([1]), {"x": torch.zeros(2, 3)}, torch.tensor(1.0)])
-def test_other_values_than_sequences_of_samples_are_refused(items: Any) -> None:
+def test_other_values_than_sequences_of_samples_are_refused(items):
     with pytest.raises(OptionError, match=f"non-empty sequence of samples, got {type(items).__name__}"):
         Samples(items)
 
@@ -45,12 +41,12 @@ def test_other_values_than_sequences_of_samples_are_refused(items: Any) -> None:
         ([{"x": torch.zeros(2), "gain": 1}, {"x": torch.zeros(2), "gain": 2}], "'gain' = 1 in one and another value"),
     ],
 )
-def test_samples_that_make_no_batch_are_refused(items: Any, message: str) -> None:
+def test_samples_that_make_no_batch_are_refused(items, message):
     with pytest.raises(OptionError, match=message):
         Samples(items).gather([0, 1])
 
 
-def test_a_digest_tells_inputs_apart() -> None:
+def test_a_digest_tells_inputs_apart():
     x = torch.rand(4, 3)
     others = (x, x + 1, x.double(), x[:3], x.reshape(4, 3, 1), [(row,) for row in x], [{"x": row} for row in x])
     digests = {Samples(items).digest() for items in others}
@@ -58,7 +54,7 @@ def test_a_digest_tells_inputs_apart() -> None:
     assert Samples(x).digest() == Samples(list(x)).digest()
 
 
-def test_drawing_from_a_seed_puts_the_state_back() -> None:
+def test_drawing_from_a_seed_puts_the_state_back():
     torch.manual_seed(7)
     expected = torch.rand(3), torch.rand(3)
     torch.manual_seed(7)

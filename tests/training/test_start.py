@@ -1,9 +1,5 @@
 """Branches that inherit weights: reconstructed at the start of a fit, compared with the backbone's layers."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from decoders import HALVES, Layer, fit, latents, make, same, trained, wrap
@@ -11,7 +7,6 @@ from torch import nn
 
 import retroexit
 from retroexit.core.samples import ImageRange, Samples
-from retroexit.model import EarlyExitGenerator
 from retroexit.training.cache import LiveFeatures
 from retroexit.training.distributed import Team
 from retroexit.training.initialise import reconstruct_branches
@@ -19,22 +14,21 @@ from retroexit.training.steps import Cropper, Steps
 from retroexit.training.trainer import FeatureDistance
 
 
-def steps(model: EarlyExitGenerator, team: Team | None = None) -> Steps:
-    """Steps of a training on whole images."""
+def steps(model, team=None):
     samples, limits, cpu = Samples(latents(12)), ImageRange(-1, 1), torch.device("cpu")
     features, cropper = LiveFeatures(model, samples), Cropper(None, (16, 16))
     return Steps(features, samples, range(12), cropper, limits, None, 4, 0, cpu, team=team or Team())
 
 
 @torch.no_grad()
-def errors(model: EarlyExitGenerator) -> list[float]:
+def errors(model):
     """Mean squared errors of the exits on latents that were not fitted."""
     *exits, image = model.all_exits(latents(40)[20:])
     return [float((early - image).square().mean()) for early in exits]
 
 
 @pytest.mark.parametrize("guidance", [None, True])
-def test_a_fit_begins_closer_than_plain_inheritance(tmp_path: Path, guidance: bool | None) -> None:
+def test_a_fit_begins_closer_than_plain_inheritance(tmp_path, guidance):
     models = [wrap(guidance=guidance, **HALVES) for _ in range(2)]
     models[1].branches.apply(lambda module: setattr(module, "is_fresh", False))  # not reconstructed
     for number, model in enumerate(models):
@@ -43,14 +37,14 @@ def test_a_fit_begins_closer_than_plain_inheritance(tmp_path: Path, guidance: bo
     assert all(reconstructed < 0.8 * inherited for reconstructed, inherited in pairs)
 
 
-def test_every_process_reconstructs_the_same_weights_without_the_others() -> None:
+def test_every_process_reconstructs_the_same_weights_without_the_others():
     models = [wrap(**HALVES) for _ in range(2)]
     for rank, model in enumerate(models):
         assert all(reconstruct_branches(model, steps(model, Team(rank, 2))))
     same(*(model.branches.state_dict() for model in models))
 
 
-def test_branches_are_reconstructed_once_and_saved_ones_never(tmp_path: Path) -> None:
+def test_branches_are_reconstructed_once_and_saved_ones_never(tmp_path):
     generator = make()
     model = wrap(generator, **HALVES)
     assert all(branch.is_fresh for branch in model.branches)
@@ -61,8 +55,8 @@ def test_branches_are_reconstructed_once_and_saved_ones_never(tmp_path: Path) ->
     same(model.branches.state_dict(), loaded.branches.state_dict())
 
 
-def test_stages_that_an_adapter_builds_are_reconstructed_too() -> None:
-    def build(stage: nn.Module, channels: int, out_channels: int) -> nn.Module:
+def test_stages_that_an_adapter_builds_are_reconstructed_too():
+    def build(stage, channels, out_channels):
         return Layer(channels, out_channels, up=not isinstance(stage.up, nn.Identity))
 
     stages = [f"stages.{i}" for i in range(3)]
@@ -77,7 +71,7 @@ def test_stages_that_an_adapter_builds_are_reconstructed_too() -> None:
 # The distance to the backbone's layers.
 
 
-def test_the_feature_distance_is_that_of_a_loop_over_the_layers() -> None:
+def test_the_feature_distance_is_that_of_a_loop_over_the_layers():
     model = wrap(**HALVES)
     branch, distance = model.branches[0], FeatureDistance(model, 0, 0.5)
     assert distance.paths == ["stages.1.conv", "stages.2.conv", "rgb"]
@@ -102,7 +96,7 @@ def test_the_feature_distance_is_that_of_a_loop_over_the_layers() -> None:
     assert float(distance().detach()) == pytest.approx(0.5 * sum(terms) / 3, rel=1e-4)
 
 
-def test_the_feature_distance_changes_what_is_learnt_and_leaves_no_hooks(tmp_path: Path) -> None:
+def test_the_feature_distance_changes_what_is_learnt_and_leaves_no_hooks(tmp_path):
     generator = make()
     plain, matched = (fit(wrap(generator, **HALVES), tmp_path / str(weight), features=weight) for weight in (0.0, 1.0))
     one, other = trained(plain), trained(matched)
@@ -110,7 +104,7 @@ def test_the_feature_distance_changes_what_is_learnt_and_leaves_no_hooks(tmp_pat
     assert not any(m._forward_hooks for m in (*generator.modules(), *matched.branches.modules()))
 
 
-def test_fresh_branches_have_no_layers_to_compare(tmp_path: Path) -> None:
+def test_fresh_branches_have_no_layers_to_compare(tmp_path):
     model = wrap(init="scratch")
     assert FeatureDistance(model, 0, 1.0).paths == []
     fit(model, tmp_path, features=1.0)
