@@ -196,12 +196,11 @@ def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any
         if kind != AUTO:
             host().branch_kind(kind)
         if share is not None and (not is_number(share) or not 0 < share < 1):
-            raise OptionError(f"macs must be a share of the backbone in (0, 1), got {share!r}. Pass e.g. 0.1.", share)
+            raise OptionError(f"macs must be a share of the backbone in (0, 1), got {share!r}. Pass e.g. 0.1.")
         if share is not None and kind == "copy":
             raise OptionError(
                 f"macs must be left out for branch='copy', got {share!r}: its cost follows from scale. Pass "
-                "branch='subpixel', or a smaller scale.",
-                share,
+                "branch='subpixel', or a smaller scale."
             )
     scales = [
         1.0 if scale is None and kind not in ("copy", AUTO) else scale
@@ -218,9 +217,7 @@ def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) ->
         return [value]
     values = list(value) if isinstance(value, (list, tuple)) else [value] * len(attach_at)
     if len(values) != len(attach_at):
-        raise OptionError(
-            f"{name} must be one value or one per attach point ({len(attach_at)}), got {len(values)}.", value
-        )
+        raise OptionError(f"{name} must be one value or one per attach point ({len(attach_at)}), got {len(values)}.")
     return values
 
 
@@ -268,8 +265,7 @@ def read_generator(
             raise OptionError(
                 f"example_inputs are needed, because no adapter makes the inputs of {type(generator).__name__}, "
                 f"{forward_signature(generator)}. Pass example_inputs=(...); on the command line, --shape 1,32,16,32 "
-                "once per input, or a factory that returns (generator, inputs).",
-                generator,
+                "once per input, or a factory that returns (generator, inputs)."
             )
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)
