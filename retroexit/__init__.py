@@ -6,7 +6,7 @@ generator, bit for bit, until an exit is asked for. Reference: FIANCEE, Karpikov
 
 import logging
 
-from retroexit.api import evaluate, find_stages, fit, load, wrap
+from retroexit.api import disable, enable, evaluate, find_stages, fit, load, summary, wrap
 from retroexit.core.files import __version__ as __version__
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
@@ -25,11 +25,14 @@ __all__ = [
     "RetroExitError",
     "RetroExitWarning",
     "Stage",
+    "disable",
+    "enable",
     "evaluate",
     "find_stages",
     "fit",
     "hookimpl",
     "load",
+    "summary",
     "wrap",
 ]
 

@@ -17,15 +17,28 @@ from retroexit.fit import fit
 from retroexit.guidance.provider import Guidance
 from retroexit.load import load
 from retroexit.model import EarlyExitGenerator, check_generator
+from retroexit.pipelines import disable, enable, summary
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.split.split import SplitGenerator, places
 from retroexit.stages.decoder import Decoder, forward_signature, read_decoder
 from retroexit.stages.stage import Stage
+from retroexit.standin import part_to_wrap
 from retroexit.wrapping.decomposition import AUTO
 from retroexit.wrapping.options import WrapOptions, adapter_options
 
-__all__ = ["evaluate", "find_stages", "fit", "load", "read_generator", "wrap", "wrap_options"]
+__all__ = [
+    "disable",
+    "enable",
+    "evaluate",
+    "find_stages",
+    "fit",
+    "load",
+    "read_generator",
+    "summary",
+    "wrap",
+    "wrap_options",
+]
 
 
 class WrapSettings(TypedDict, total=False):
@@ -82,7 +95,8 @@ def wrap(
     """Add early exits to a trained generator, which itself is never changed.
 
     Args:
-        generator: Any module with a multi-layer decoder, in eval mode.
+        generator: Any module with a multi-layer decoder, in eval mode. Of an autoencoder of diffusers the decoder gets
+            exits, unless example inputs are images; ``pipe.vae = model`` then decodes with them.
         attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by module path; by default
             those that `find_stages` suggests.
         scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point. Without it, branches are
@@ -113,7 +127,8 @@ def wrap(
     attach_at, scale, settings = plain_numbers((attach_at, scale, settings))
     if attach_at is not None:
         attach_at = (attach_at,) if isinstance(attach_at, (str, int)) else tuple(attach_at)
-    description = host().describe(generator, adapter)
+    part = part_to_wrap(generator, adapter, has_inputs=example_inputs is not None or bool(example_kwargs))
+    generator, adapter, description = part.generator, part.adapter, part.description
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)
@@ -122,7 +137,7 @@ def wrap(
     model = EarlyExitGenerator(generator, options)
     if example_inputs is not None or example_kwargs:
         model.record(*args, **kwargs)
-    return model
+    return part.complete(model)
 
 
 def wrap_options(
@@ -144,25 +159,7 @@ def wrap_options(
     seed: int = 0,
 ) -> WrapOptions:
     """Complete the settings of a wrap with the description of the generator."""
-    if branch is None:
-        branch = "copy" if scale is not None else "subpixel"
-    scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
-    shares = _per_exit("macs", macs, attach_at)
-    for kind, share in zip(kinds, shares, strict=True):
-        if kind != AUTO:
-            host().branch_kind(kind)
-        if share is not None and (not is_number(share) or not 0 < share < 1):
-            raise OptionError(f"macs must be a share of the backbone in (0, 1), got {share!r}. Pass e.g. 0.1.", share)
-        if share is not None and kind == "copy":
-            raise OptionError(
-                f"macs must be left out for branch='copy', got {share!r}: its cost follows from scale. Pass "
-                "branch='subpixel', or a smaller scale.",
-                share,
-            )
-    scales = [
-        1.0 if scale is None and kind not in ("copy", AUTO) else scale
-        for scale, kind in zip(scales, kinds, strict=True)
-    ]
+    scales, kinds, shares = _sizes(attach_at, scale, branch, macs)
     if guidance is True or guidance == "patches":
         guidance = Guidance(key=None if guidance is True else False)
     elif guidance is not None and guidance is not False and not isinstance(guidance, Guidance):
@@ -177,7 +174,7 @@ def wrap_options(
         attach_at,
         tuple(WidthRule(item, min_channels, width_rule, rule) for item in scales),
         branches=tuple(kinds),
-        macs=() if scale is None and macs is None else tuple(shares),
+        macs=tuple(shares),
         stages=None if stages is None else tuple(stages),
         guidance=guidance or None,
         image=description.image if image is None else image,
@@ -189,6 +186,29 @@ def wrap_options(
     )
 
 
+def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any], list[str], list[float | None]]:
+    """Give width factor, kind and cost of every exit; no costs where nothing decides them."""
+    if branch is None:
+        branch = "copy" if scale is not None else "subpixel"
+    scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
+    shares = _per_exit("macs", macs, attach_at)
+    for kind, share in zip(kinds, shares, strict=True):
+        if kind != AUTO:
+            host().branch_kind(kind)
+        if share is not None and (not is_number(share) or not 0 < share < 1):
+            raise OptionError(f"macs must be a share of the backbone in (0, 1), got {share!r}. Pass e.g. 0.1.")
+        if share is not None and kind == "copy":
+            raise OptionError(
+                f"macs must be left out for branch='copy', got {share!r}: its cost follows from scale. Pass "
+                "branch='subpixel', or a smaller scale."
+            )
+    scales = [
+        1.0 if scale is None and kind not in ("copy", AUTO) else scale
+        for scale, kind in zip(scales, kinds, strict=True)
+    ]
+    return scales, kinds, [] if scale is None and macs is None else shares
+
+
 def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) -> list[Any]:
     """Return one value per attach point, one for all if these are open; a string is a sequence too, but one value."""
     if attach_at is None:
@@ -197,9 +217,7 @@ def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) ->
         return [value]
     values = list(value) if isinstance(value, (list, tuple)) else [value] * len(attach_at)
     if len(values) != len(attach_at):
-        raise OptionError(
-            f"{name} must be one value or one per attach point ({len(attach_at)}), got {len(values)}.", value
-        )
+        raise OptionError(f"{name} must be one value or one per attach point ({len(attach_at)}), got {len(values)}.")
     return values
 
 
@@ -240,14 +258,14 @@ def read_generator(
 ) -> Decoder:
     """Read a generator as `wrap` does: its stages, and the execution that they were found in."""
     generator = check_generator(generator)
-    description = host().describe(generator)
+    part = part_to_wrap(generator, has_inputs=example_inputs is not None or bool(example_kwargs))
+    generator, description = part.generator, part.description
     if example_inputs is None and not example_kwargs:
         if description.example_inputs is None:
             raise OptionError(
                 f"example_inputs are needed, because no adapter makes the inputs of {type(generator).__name__}, "
                 f"{forward_signature(generator)}. Pass example_inputs=(...); on the command line, --shape 1,32,16,32 "
-                "once per input, or a factory that returns (generator, inputs).",
-                generator,
+                "once per input, or a factory that returns (generator, inputs)."
             )
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)

@@ -28,6 +28,7 @@ from retroexit.saving import (
     read_predictor,
     read_weights,
 )
+from retroexit.standin import part_to_wrap
 from retroexit.wrapping.options import adapter_options
 
 __all__ = ["load"]
@@ -62,7 +63,8 @@ def load(
         ModeError: If the generator is in train mode.
     """
     folder, generator = _check_arguments(folder, generator)
-    description = host().describe(generator, adapter)
+    part = part_to_wrap(generator, adapter, has_inputs=example_inputs is not None or bool(example_kwargs))
+    generator, adapter, description = part.generator, part.adapter, part.description
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)
@@ -91,7 +93,7 @@ def load(
     model.restore(_under("branches.", tensors))
     if example_inputs is not None or example_kwargs:
         model.record(*args, **kwargs)
-    return model
+    return part.complete(model)
 
 
 def _check_arguments(folder: str | Path, generator: nn.Module) -> tuple[Path, nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -47,18 +47,15 @@ def check_generator(generator: Any) -> nn.Module:
     if isinstance(generator, type):
         raise GeneratorError(
             f"generator must be a module, got the class {generator.__name__}. Pass an instance with trained "
-            f"weights, {generator.__name__}(...).eval().",
-            generator,
+            f"weights, {generator.__name__}(...).eval()."
         )
     if not isinstance(generator, nn.Module):
         raise GeneratorError(
-            f"generator must be a torch.nn.Module, got a {type(generator).__name__}. Pass the trained generator.",
-            generator,
+            f"generator must be a torch.nn.Module, got a {type(generator).__name__}. Pass the trained generator."
         )
     if isinstance(generator, EarlyExitGenerator):
         raise GeneratorError(
-            "generator must be a plain generator, got one that has early exits already. Pass model.generator.",
-            generator,
+            "generator must be a plain generator, got one that has early exits already. Pass model.generator."
         )
     return unwrapped(generator)
 
@@ -67,7 +64,7 @@ def check_wrapped(model: Any) -> None:
     """Raise `GeneratorError` unless a model is what `wrap` returns."""
     if not isinstance(model, EarlyExitGenerator):
         raise GeneratorError(
-            f"model must be what retroexit.wrap returns, got a {type(model).__name__}. Wrap the generator first.", model
+            f"model must be what retroexit.wrap returns, got a {type(model).__name__}. Wrap the generator first."
         )
 
 
@@ -78,8 +75,11 @@ class EarlyExitGenerator(nn.Module):
     to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a share of the backbone's
     compute, ``deadline_ms=d`` keeps a call within measured times; see `RoutingOptions`.
 
+    Attributes that it does not have itself are those of ``whole``, else of the generator.
+
     Attributes:
         generator: The user's generator, never changed.
+        whole: A copy of the autoencoder that the generator is the decoder of, with exits in it; else ``None``.
         options: How it was wrapped.
         branches: The thin branches, cheapest first. Empty until the generator has been recorded.
         guide: Looks up guides in the guidance bank.
@@ -95,6 +95,7 @@ class EarlyExitGenerator(nn.Module):
         self.guide = GuideProvider()
         self.router = Router(options.predictor_inputs)
         self.about: dict[str, Any] = {}
+        vars(self).update(whole=None)  # not a submodule, since the generator is a part of it
         self._decomposition: Decomposition | None = None
         self._saved_weights: dict[str, Tensor] | None = None
         self._lock = threading.Lock()
@@ -232,8 +233,7 @@ class EarlyExitGenerator(nn.Module):
         if torch.compiler.is_compiling():
             raise NotRecordedError(
                 "the generator must be recorded before it is compiled or exported, got a model without exits for "
-                "this device and precision. Call the model once, or pass example_inputs to retroexit.wrap.",
-                self,
+                "this device and precision. Call the model once, or pass example_inputs to retroexit.wrap."
             )
         with self._lock, without_autocast(self.generator):
             if self._decomposition is None:
@@ -261,8 +261,7 @@ class EarlyExitGenerator(nn.Module):
         if self._decomposition is None:
             raise NotRecordedError(
                 "the generator has not been recorded yet, so there are no exits. Call the model once, or pass "
-                "example_inputs to retroexit.wrap.",
-                self,
+                "example_inputs to retroexit.wrap."
             )
         return self._decomposition
 
@@ -310,7 +309,7 @@ class EarlyExitGenerator(nn.Module):
             metric: Quality metric, or its name; by default the one that the model was fitted with.
             weights: File with the metric's weights.
             groups: The drive, speaker or session of each input; the promise is then for inputs of a new group.
-            thresholds: Thresholds that the promise holds for together, or ``"all"``; by default one at a time.
+            thresholds: Thresholds that the promise holds for together; by default one at a time.
             **settings: ``rule``, ``seed``, ``batch``, ``progress``.
 
         Returns:
@@ -375,7 +374,7 @@ class EarlyExitGenerator(nn.Module):
             self.branches.load_state_dict(weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            raise CheckpointError(f"the saved branches do not fit this model: {reason}", self) from error
+            raise CheckpointError(f"the saved branches do not fit this model: {reason}") from error
         self._saved_weights = None
 
     # Copies.
@@ -405,6 +404,24 @@ class EarlyExitGenerator(nn.Module):
                 branch.restore_facts(values)  # type: ignore[operator]
 
     # The module.
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            whole = vars(self).get("whole")
+            owner = vars(self).get("_modules", {}).get("generator") if whole is None else whole
+            if owner is None or name.startswith("_") or not hasattr(owner, name):
+                raise
+            return getattr(owner, name)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> EarlyExitGenerator:
+        super()._apply(fn, recurse)
+        parts = () if self.whole is None else self.whole.children()
+        for part in parts:
+            if getattr(part, "model", None) is not self:
+                part._apply(fn)
+        return self
 
     def unwrap(self) -> nn.Module:
         """Return the generator, unchanged."""

@@ -1,7 +1,7 @@
 """Latent decoders of diffusers for retroexit: the plug-in that describes them, and their use in a pipeline.
 
 ```python
-model = retroexit.wrap(pipe.vae.decoder, attach_at=[1, 2, 3], scale=1 / 4)
+model = retroexit.wrap(pipe.vae, attach_at=[1, 2, 3], scale=1 / 4)  # or pipe.vae.decoder
 with gather_latents(pipe, model) as latents:  # the inputs of the decoder, sample by sample
     for prompt in prompts:
         pipe(prompt)

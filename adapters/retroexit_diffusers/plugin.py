@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from retroexit.errors import GeneratorError
 from retroexit.plugins import Description, hookimpl
-from retroexit_diffusers.pipeline import EarlyExitDecoder
+from retroexit.standin import EarlyExitDecoder
 
 __all__ = ["retroexit_describe"]
 
@@ -22,7 +22,7 @@ _LATENT_SIZE = 16  # pixels: small enough for a full-size decoder on a CPU, and 
 
 @hookimpl
 def retroexit_describe(generator: nn.Module) -> Description | None:
-    """Describe a latent decoder. A whole autoencoder raises an error that says what to wrap instead."""
+    """Describe a latent decoder, or an autoencoder by its decoder."""
     name = type(generator).__name__
     if isinstance(generator, EarlyExitDecoder):
         return Description(name=name, example_inputs=_refuse_exits)
@@ -35,12 +35,13 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
             predictor_inputs=_latents,
         )
     decoder = getattr(generator, "decoder", None)
+    decoder = decoder.unwrap() if isinstance(decoder, EarlyExitDecoder) else decoder
     if _is_of_diffusers(generator) and isinstance(decoder, nn.Module) and _is_decoder(decoder):
         paths = _stages(decoder)
         return Description(
             name=f"diffusers {name}",
             stages=None if paths is None else tuple(f"decoder.{path}" for path in paths),
-            example_inputs=_refuse_autoencoder,
+            decoder="decoder",
             image="sample",
             image_range=(-1.0, 1.0),
         )
@@ -85,16 +86,6 @@ def _example_inputs(decoder: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]
 def _latents(latents: Tensor, *_others: Tensor) -> Tensor:
     """Return the latents, the predictor's input."""
     return latents
-
-
-def _refuse_autoencoder(autoencoder: nn.Module) -> NoReturn:
-    name = type(autoencoder).__name__
-    raise GeneratorError(
-        f"a whole {name} cannot be wrapped here: pipelines call its decoder alone. "
-        "Wrap autoencoder.decoder, and put that back with retroexit_diffusers.early_exits(pipe, model, ...). "
-        "To reconstruct images instead, pass some as example_inputs.",
-        autoencoder,
-    )
 
 
 def _refuse_exits(decoder: nn.Module) -> NoReturn:

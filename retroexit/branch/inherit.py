@@ -399,7 +399,8 @@ def emptied(tail: nn.Module, plan: WidthPlan) -> nn.Module:
     """Copy a tail with the plan's sizes; the contents of narrowed tensors are undefined."""
 
     def content(name: str, old: Tensor) -> Tensor:
-        return old.new_empty(plan.shapes[name]) if plan.shapes[name] != old.shape else old.clone()
+        shape = plan.shapes.get(name, old.shape)  # a buffer may have come since, for inputs of another size
+        return old.new_empty(shape) if shape != old.shape else old.clone()
 
     return _resized(tail, plan, content)
 
@@ -413,7 +414,9 @@ def _resized(tail: nn.Module, plan: WidthPlan, content: Callable[[str, Tensor], 
             if name == attribute:
                 owner[key] = type(owner[key])(value)
     for name, buffer in tail.named_buffers():
-        if plan.shapes[name] != buffer.shape:  # it cannot be computed from the generator, so it is saved
+        if (
+            plan.shapes.get(name, buffer.shape) != buffer.shape
+        ):  # it cannot be computed from the generator, so it is saved
             path, _, leaf = name.rpartition(".")
             modules[path].register_buffer(leaf, modules[path].get_buffer(leaf))
     for module in modules.values():

@@ -20,6 +20,8 @@ class Description:
         name: The generator's name in tables and messages.
         stages: Dotted module paths of ``l_1..l_N`` in the order in which they run (paper 3.1); at least two.
         example_inputs: Called with the generator; returns ``(args, kwargs)`` for one forward pass.
+        decoder: Attribute that is the decoder of an autoencoder, whose callers use its methods, such as ``decode``.
+            `retroexit.wrap` and `retroexit.load` then give exits to this part, unless they get inputs of the whole.
         image: Key, attribute or index of the image in the output; ``None`` if the output is the image.
         image_range: Smallest and largest value of the image, such as ``(-1.0, 1.0)``.
         predictor_inputs: Called with the generator's arguments; returns the tensor ``(N, C, H, W)`` that the predictor
@@ -42,6 +44,7 @@ class Description:
     name: str
     stages: tuple[str, ...] | None = None
     example_inputs: Callable[[nn.Module], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    decoder: str | None = None
     image: str | int | None = None
     image_range: tuple[float, float] | None = None
     predictor_inputs: Callable[..., Tensor] | None = None
@@ -57,7 +60,7 @@ class Description:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not is_valid(value):
-                    raise OptionError(f"{name} of {self.name or 'it'} must be {expected}, got {value!r}", self)
+                    raise OptionError(f"{name} of {self.name or 'it'} must be {expected}, got {value!r}")
         if self.stages is not None:
             object.__setattr__(self, "stages", tuple(self.stages))
 
@@ -84,6 +87,7 @@ def _is_function(value: Any) -> bool:
 _FUNCTIONS: Final = ("example_inputs", "predictor_inputs", "key", "build_stage", "discriminator")
 _CHECKS: Final[tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...]] = (
     (("name",), bool, "a string that is not empty"),
+    (("decoder",), lambda value: isinstance(value, str) and bool(value), "the name of an attribute"),
     (("stages",), _are_stages, "at least two different module paths in the order in which they run"),
     (("image_range",), _is_range, "(smallest, largest)"),
     (("key_after", "value_after"), _is_place, "a stage's number from 1 or its path"),

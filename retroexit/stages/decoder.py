@@ -16,8 +16,9 @@ from retroexit.stages.choose import choose_stages, closing_modules
 from retroexit.stages.maps import find_image, is_map, lay_out_tokens, mark_tokens, shape_of
 from retroexit.stages.stage import Stage, suggest_attach_points
 from retroexit.stages.turns import gather_turns, repeated, repeated_stage
+from retroexit.tracing.caches import without_caches
 from retroexit.tracing.record import Recording, record, steering_line
-from retroexit.tracing.recorder import Call
+from retroexit.tracing.recorder import Call, nth_value
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def _record_stages(
     """Record with stages as leaves; also returns why the recording cannot be cut, or an empty string."""
     try:
         shallow = record(generator, args, kwargs, is_leaf)
+        shallow = without_caches(generator, shallow, lambda: record(generator, args, kwargs, is_leaf))
     except (RecordingError, GeneratorError) as error:
         reason = " ".join(str(error).split())
     else:
@@ -262,8 +264,8 @@ def value_names(recording: Recording) -> dict[fx.Node, str]:
 def _name(node: fx.Node, names: dict[fx.Node, str]) -> str:
     if node.op == "call_module":
         return str(node.target)
-    if node.op == "call_function" and node.target in (operator.getitem, getattr):
-        owner, key = node.args
+    if node.op == "call_function" and node.target in (operator.getitem, getattr, nth_value):
+        owner, key = node.args[0], node.meta.get("key", node.args[1])
         if isinstance(owner, fx.Node) and isinstance(key, (str, int)):
             return names[owner] + (f".{key}" if node.target is getattr else f"[{key!r}]")
     operation = getattr(node.target, "__name__", str(node.target)).strip("_")

@@ -150,6 +150,11 @@ class _Running:
     arguments: tuple[Any, Any] | None  # as nodes, if it is a leaf
 
 
+def nth_value(mapping: dict[Any, Any], number: int) -> Any:
+    """Return a value of a dict by position, since a forward may compute its keys, of sizes for example."""
+    return list(mapping.values())[number]
+
+
 class _Slot:
     """Marks in a template of `assemble` where a value goes."""
 
@@ -263,11 +268,15 @@ class Recorder(TorchFunctionMode):
             for number, tensor in enumerate(hidden_tensors(value)):
                 self.bind(self.graph.call_function(operator.getitem, (node, number)), tensor)
             return
-        for key, child in children(value) or ():
-            if self._tensors(child):
+        for number, (key, child) in enumerate(children(value) or ()):
+            if self._tensors(child) and type(value) is dict:
+                access = self.graph.call_function(nth_value, (node, number))
+                access.meta["key"] = key
+                self.bind(access, child)
+            elif self._tensors(child):
                 field_access = is_record(value) and not isinstance(value, dict)
-                access = getattr if field_access else operator.getitem
-                self.bind(self.graph.call_function(access, (node, key)), child)
+                read = getattr if field_access else operator.getitem
+                self.bind(self.graph.call_function(read, (node, key)), child)
 
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         # A tensor that is gone is forgotten, since another one may get its id.
@@ -290,8 +299,7 @@ class Recorder(TorchFunctionMode):
         if any(self.has_node(item) for item in tensors(dict(inner))):
             raise RecordingError(
                 "values passed between modules must be tensors, tuples, lists, dicts or dataclasses, got a "
-                f"{type(value).__name__} object with tensors in its attributes. Make it a dataclass.",
-                value,
+                f"{type(value).__name__} object with tensors in its attributes. Make it a dataclass."
             )
 
     # Tensor functions.
