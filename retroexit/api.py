@@ -159,6 +159,35 @@ def wrap_options(
     seed: int = 0,
 ) -> WrapOptions:
     """Complete the settings of a wrap with the description of the generator."""
+    scales, kinds, shares = _sizes(attach_at, scale, branch, macs)
+    if guidance is True or guidance == "patches":
+        guidance = Guidance(key=None if guidance is True else False)
+    elif guidance is not None and guidance is not False and not isinstance(guidance, Guidance):
+        raise OptionError(
+            f"guidance must be None, True, 'patches' or a retroexit.Guidance, got {guidance!r}.", guidance
+        )
+    if isinstance(guidance, Guidance):
+        guidance = guidance.completed(description.key, description.key_after, description.value_after)
+    rule = host().width_rule(width_rule)
+    stages = description.stages if stages is None else stages
+    return WrapOptions(
+        attach_at,
+        tuple(WidthRule(item, min_channels, width_rule, rule) for item in scales),
+        branches=tuple(kinds),
+        macs=tuple(shares),
+        stages=None if stages is None else tuple(stages),
+        guidance=guidance or None,
+        image=description.image if image is None else image,
+        image_range=description.image_range if image_range is None else image_range,
+        tap=tap,
+        init=init,
+        self_test=self_test,
+        seed=seed,
+    )
+
+
+def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any], list[str], list[float | None]]:
+    """Give width factor, kind and cost of every exit; no costs where nothing decides them."""
     if branch is None:
         branch = "copy" if scale is not None else "subpixel"
     scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
@@ -177,28 +206,7 @@ def wrap_options(
         1.0 if scale is None and kind not in ("copy", AUTO) else scale
         for scale, kind in zip(scales, kinds, strict=True)
     ]
-    if guidance is True or guidance == "patches":
-        guidance = Guidance(key=None if guidance is True else False)
-    elif guidance is not None and guidance is not False and not isinstance(guidance, Guidance):
-        raise OptionError(f"guidance must be None, True, 'patches' or a retroexit.Guidance, got {guidance!r}.")
-    if isinstance(guidance, Guidance):
-        guidance = guidance.completed(description.key, description.key_after, description.value_after)
-    rule = host().width_rule(width_rule)
-    stages = description.stages if stages is None else stages
-    return WrapOptions(
-        attach_at,
-        tuple(WidthRule(item, min_channels, width_rule, rule) for item in scales),
-        branches=tuple(kinds),
-        macs=() if scale is None and macs is None else tuple(shares),
-        stages=None if stages is None else tuple(stages),
-        guidance=guidance or None,
-        image=description.image if image is None else image,
-        image_range=description.image_range if image_range is None else image_range,
-        tap=tap,
-        init=init,
-        self_test=self_test,
-        seed=seed,
-    )
+    return scales, kinds, [] if scale is None and macs is None else shares
 
 
 def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) -> list[Any]:
