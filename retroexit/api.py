@@ -163,25 +163,7 @@ def wrap_options(
     seed: int = 0,
 ) -> WrapOptions:
     """Complete the settings of a wrap with the description of the generator."""
-    if branch is None:
-        branch = "copy" if scale is not None else "subpixel"
-    scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
-    shares = _per_exit("macs", macs, attach_at)
-    for kind, share in zip(kinds, shares, strict=True):
-        if kind != AUTO:
-            host().branch_kind(kind)
-        if share is not None and (not is_number(share) or not 0 < share < 1):
-            raise OptionError(f"macs must be a share of the backbone in (0, 1), got {share!r}. Pass e.g. 0.1.", share)
-        if share is not None and kind == "copy":
-            raise OptionError(
-                f"macs must be left out for branch='copy', got {share!r}: its cost follows from scale. Pass "
-                "branch='subpixel', or a smaller scale.",
-                share,
-            )
-    scales = [
-        1.0 if scale is None and kind not in ("copy", AUTO) else scale
-        for scale, kind in zip(scales, kinds, strict=True)
-    ]
+    scales, kinds, shares = _sizes(attach_at, scale, branch, macs)
     if guidance is True or guidance == "patches":
         guidance = Guidance(key=None if guidance is True else False)
     elif guidance is not None and guidance is not False and not isinstance(guidance, Guidance):
@@ -196,7 +178,7 @@ def wrap_options(
         attach_at,
         tuple(WidthRule(item, min_channels, width_rule, rule) for item in scales),
         branches=tuple(kinds),
-        macs=() if scale is None and macs is None else tuple(shares),
+        macs=tuple(shares),
         stages=None if stages is None else tuple(stages),
         guidance=guidance or None,
         image=description.image if image is None else image,
@@ -209,6 +191,29 @@ def wrap_options(
     )
 
 
+def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any], list[str], list[float | None]]:
+    """Give width factor, kind and cost of every exit; no costs where nothing decides them."""
+    if branch is None:
+        branch = "copy" if scale is not None else "subpixel"
+    scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
+    shares = _per_exit("macs", macs, attach_at)
+    for kind, share in zip(kinds, shares, strict=True):
+        if kind != AUTO:
+            host().branch_kind(kind)
+        if share is not None and (not is_number(share) or not 0 < share < 1):
+            raise OptionError(f"macs must be a share of the backbone in (0, 1), got {share!r}. Pass e.g. 0.1.")
+        if share is not None and kind == "copy":
+            raise OptionError(
+                f"macs must be left out for branch='copy', got {share!r}: its cost follows from scale. Pass "
+                "branch='subpixel', or a smaller scale."
+            )
+    scales = [
+        1.0 if scale is None and kind not in ("copy", AUTO) else scale
+        for scale, kind in zip(scales, kinds, strict=True)
+    ]
+    return scales, kinds, [] if scale is None and macs is None else shares
+
+
 def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) -> list[Any]:
     """Return one value per attach point, one for all if these are open; a string is a sequence too, but one value."""
     if attach_at is None:
@@ -217,9 +222,7 @@ def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) ->
         return [value]
     values = list(value) if isinstance(value, (list, tuple)) else [value] * len(attach_at)
     if len(values) != len(attach_at):
-        raise OptionError(
-            f"{name} must be one value or one per attach point ({len(attach_at)}), got {len(values)}.", value
-        )
+        raise OptionError(f"{name} must be one value or one per attach point ({len(attach_at)}), got {len(values)}.")
     return values
 
 
@@ -267,8 +270,7 @@ def read_generator(
             raise OptionError(
                 f"example_inputs are needed, because no adapter makes the inputs of {type(generator).__name__}, "
                 f"{forward_signature(generator)}. Pass example_inputs=(...); on the command line, --shape 1,32,16,32 "
-                "once per input, or a factory that returns (generator, inputs).",
-                generator,
+                "once per input, or a factory that returns (generator, inputs)."
             )
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)

@@ -177,7 +177,7 @@ class _BranchBuilder:
     def _narrow_values(self) -> list[Tensor]:
         return [v.clone() for v in self.values] if self.plan is None else self.plan.narrowed(self.values)
 
-    def with_built_stages(self) -> Branch:
+    def with_built_stages(self) -> CopyBranch:
         """Assemble with stages built by the adapter; keep the narrowed ones, with a pin, where those fail."""
         if not self.stages:
             return self.assemble({})
@@ -268,7 +268,7 @@ class _BranchBuilder:
             for path, reason in notes.items()
         ]
 
-    def assemble(self, stages: dict[str, nn.Module]) -> Branch:
+    def assemble(self, stages: dict[str, nn.Module]) -> CopyBranch:
         """Put narrowed tail, built stages and entries together, and run the branch once."""
         spec, feature = self.spec, self.values[0]
         with torch.random.fork_rng(devices=[]):
@@ -289,7 +289,7 @@ class _BranchBuilder:
                 for path, module in self.full.named_modules()
                 if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and f"{path}.weight" in parameters
             }
-            branch.is_fresh = True
+        branch.is_fresh = self.is_new
         branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
         self._trial_run(branch)
         return branch.eval()

@@ -24,7 +24,7 @@ from retroexit.errors import OptionError
 from retroexit.routing.policy import assign_exits, check_number, lagrange_multiplier
 
 Rule = Literal["margin", "worst-group"]
-Thresholds = Sequence[float] | Literal["all"] | None
+Thresholds = Sequence[float] | None
 Array = npt.NDArray[Any]
 RULES = ("margin", "worst-group")
 
@@ -36,13 +36,13 @@ def check_promise(alpha: float, confidence: float) -> None:
     """Raise `OptionError` unless both numbers are between 0 and 1."""
     for name, value in (("alpha", alpha), ("confidence", confidence)):
         if not is_number(value) or not 0 < value < 1:
-            raise OptionError(f"{name} must be a number between 0 and 1, got {value!r}.", value)
+            raise OptionError(f"{name} must be a number between 0 and 1, got {value!r}.")
 
 
 def check_groups(groups: Sequence[Any] | None, samples: int) -> None:
     """Raise `OptionError` unless there is one label per sample, or none at all."""
     if groups is not None and len(groups) != samples:
-        raise OptionError(f"groups must have one label for each of {samples} samples, got {len(groups)}.", groups)
+        raise OptionError(f"groups must have one label for each of {samples} samples, got {len(groups)}.")
 
 
 def most_violations(samples: int, alpha: float, confidence: float) -> int:
@@ -105,8 +105,8 @@ class Calibration:
             are above the threshold when that group is left out; ``confidence`` is not used.
         thresholds: ``None``: the promise holds for one threshold, chosen without looking at these inputs. Several: it
             holds for these together (each at ``1 - (1 - confidence) / len(thresholds)``); others are lowered to the
-            next of them, and below the smallest all samples take the backbone. ``"all"``: it holds for all together,
-            with one margin as a share of the threshold. ``docs/measurements.md`` shows what each costs.
+            next of them, and below the smallest all samples take the backbone. ``docs/measurements.md`` shows what
+            several cost.
         groups: The drive, speaker or session of each sample: the promise is then for an input of a new group.
         about: Where the samples come from, as JSON types.
 
@@ -127,9 +127,9 @@ class Calibration:
         self._check_options()
         if self.losses.dim() != 2 or self.losses.shape != self.predicted.shape or not self.losses.numel():
             shapes = f"{tuple(self.losses.shape)} and {tuple(self.predicted.shape)}"
-            raise OptionError(f"losses and predicted must have the shape (samples, exits), got {shapes}.", self.losses)
+            raise OptionError(f"losses and predicted must have the shape (samples, exits), got {shapes}.")
         if not bool(torch.isfinite(self.losses).all()) or bool(self.predicted.isnan().any()):
-            raise OptionError("losses must be finite and predictions no NaN.", self.losses)
+            raise OptionError("losses must be finite and predictions no NaN.")
         check_groups(self.groups, len(self))
         self.losses, self.predicted = self.losses.detach().cpu(), self.predicted.detach().cpu()
         inside = torch.isfinite(self.predicted).all(1).numpy()
@@ -143,7 +143,6 @@ class Calibration:
         before = np.minimum.accumulate(self._predicted)[:-1]
         self._entries[1:][self._predicted[1:] >= before] = np.inf
         self._allowed = self._most()
-        self._ratio = self._find(self._scores(None), _LARGEST_LIMIT) if self.thresholds == "all" else None
         self._limits = functools.lru_cache(_CACHE_SIZE)(self._limits_at)
         self._multiplier = functools.lru_cache(_CACHE_SIZE)(
             lambda budget, shares: lagrange_multiplier(self.predicted, torch.tensor(shares), budget)
@@ -159,14 +158,14 @@ class Calibration:
         check_promise(self.alpha, self.confidence)
         if self.rule not in RULES:
             names = ", ".join(map(repr, RULES))
-            raise OptionError(f"rule must be one of {names}, got {self.rule!r}.", self.rule)
+            raise OptionError(f"rule must be one of {names}, got {self.rule!r}.")
         if self.rule == "worst-group" and self.groups is None:
-            raise OptionError("rule='worst-group' needs groups. Pass groups=, one label per sample.", self.rule)
+            raise OptionError("rule='worst-group' needs groups. Pass groups=, one label per sample.")
         thresholds: Any = self.thresholds  # anything that a user may pass
-        if thresholds is None or (isinstance(thresholds, str) and thresholds == "all"):
+        if thresholds is None:
             return
         if isinstance(thresholds, str) or not len(thresholds):
-            raise OptionError(f"thresholds must be None, numbers or 'all', got {thresholds!r}.", thresholds)
+            raise OptionError(f"thresholds must be None or numbers, got {thresholds!r}.")
         self.thresholds = tuple(sorted({check_number("threshold", t) for t in thresholds}))
 
     def _level(self) -> tuple[float, float]:
@@ -187,18 +186,16 @@ class Calibration:
                 advice = "Calibrate on inputs like those of the fit, or fit on inputs like these."
             elif self.about.get("duplicates"):
                 kind, reason = " that differ", f", since {self.about['duplicates']} repeat others."
-            raise OptionError(f"{promise} {needed} samples{kind}, got {count}{reason} {advice}", self.losses)
+            raise OptionError(f"{promise} {needed} samples{kind}, got {count}{reason} {advice}")
         if self.rule == "worst-group" and len(self._names) < 2:
             raise OptionError(
                 f"rule='worst-group' needs at least 2 groups of samples like those of the fitting set, got "
-                f"{len(self._names)}. Pass samples of another group.",
-                self.groups,
+                f"{len(self._names)}. Pass samples of another group."
             )
         if self.rule != "worst-group" and self.groups is not None and len(self._names) < needed:
             raise OptionError(
                 f"{promise} {needed} groups, got {len(self._names)}. Pass samples of "
-                f"{needed - len(self._names)} more groups, a larger alpha, or rule='worst-group', which is no promise.",
-                self.groups,
+                f"{needed - len(self._names)} more groups, a larger alpha, or rule='worst-group', which is no promise."
             )
 
     # The search for limits.
@@ -210,17 +207,6 @@ class Calibration:
         if self.groups is not None:
             return most_group_violations(len(self._names), *self._level())
         return most_violations(self._losses.shape[1], *self._level())
-
-    def _scores(self, tau: float | None) -> Array:
-        """Lowest limit ``(S,)`` at which each sample loses more than a threshold; a share of it if that may be any."""
-        if tau is None:  # exit k is taken for thresholds from entry / share on, and loses more up to its loss
-            with np.errstate(divide="ignore"):
-                scores = np.full_like(self._entries, np.inf)
-                np.divide(self._entries, self._losses, out=scores, where=self._losses > 0)
-        else:
-            scores = np.where(self._losses > tau, self._entries, np.inf)
-        least: Array = scores.min(0)
-        return least
 
     def _find(self, scores: Array, largest: float, left_out: int | None = None) -> float:
         """Find the largest limit that scores ``(S,)`` allow, maybe without one group."""
@@ -240,12 +226,9 @@ class Calibration:
         if isinstance(self.thresholds, tuple):
             tau = max((t for t in self.thresholds if t <= tau), default=-1.0)
         largest = min(_LARGEST_LIMIT * tau, float(self._predicted.max()))  # no further than was tried
-        if self._ratio is None:
-            limit = self._find(self._scores(tau), largest, left_out)
-        else:
-            is_whole = left_out is None
-            ratio = self._ratio if is_whole else self._find(self._scores(None), _LARGEST_LIMIT, left_out)
-            limit = min(tau * ratio, largest)
+        # The lowest limit at which each sample loses more than the threshold.
+        scores = np.where(self._losses > tau, self._entries, np.inf).min(0)
+        limit = self._find(scores, largest, left_out)
         return torch.full(self.losses.shape[1:], limit if tau >= 0 else -math.inf, dtype=self.predicted.dtype)
 
     def limits(self, threshold: float | Tensor) -> Tensor:
@@ -308,7 +291,7 @@ class Calibration:
                 f"no promise: at most {self.alpha:g} of each of {groups[4:]} had {metric} > threshold when it was left "
                 f"out{source}"
             )
-        scope = "" if self.thresholds is None else ", for all thresholds together"
+        scope = ""
         if isinstance(self.thresholds, tuple):
             scope = f", for the thresholds {', '.join(f'{t:g}' for t in self.thresholds)} together"
         inputs = f"inputs like the {len(self)}" if self.groups is None else f"inputs of new groups like {groups}"

@@ -310,8 +310,7 @@ class Recorder(TorchFunctionMode):
         if any(self.has_node(item) for item in tensors(dict(inner))):
             raise RecordingError(
                 "values passed between modules must be tensors, tuples, lists, dicts or dataclasses, got a "
-                f"{type(value).__name__} object with tensors in its attributes. Make it a dataclass.",
-                value,
+                f"{type(value).__name__} object with tensors in its attributes. Make it a dataclass."
             )
 
     # Tensor functions.
