@@ -63,6 +63,8 @@ class WrapSettings(TypedDict, total=False):
         width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or the name of a
             plug-in's.
         image: Key, index or path of the image in the generator's output, if it returns several maps.
+        image_only: Whether early exits give the image alone, with ``None`` for other tensors in the output, such as
+            the cache of a video decoder, which otherwise keep their size and layers in every branch.
         image_range: Smallest and largest pixel value; measured by default.
         self_test: Whether to check that the generator cut at every attach point reproduces its output bit for bit.
         seed: Seed of fresh weights.
@@ -77,6 +79,7 @@ class WrapSettings(TypedDict, total=False):
     init: Literal["inherit", "scratch"]
     width_rule: str
     image: Any
+    image_only: bool
     image_range: tuple[float, float] | None
     self_test: bool
     seed: int
@@ -154,6 +157,7 @@ def wrap_options(
     init: Literal["inherit", "scratch"] = "inherit",
     width_rule: str = "floor",
     image: Any = None,
+    image_only: bool = False,
     image_range: tuple[float, float] | None = None,
     self_test: bool = True,
     seed: int = 0,
@@ -178,6 +182,7 @@ def wrap_options(
         stages=None if stages is None else tuple(stages),
         guidance=guidance or None,
         image=description.image if image is None else image,
+        image_only=image_only,
         image_range=description.image_range if image_range is None else image_range,
         tap=tap,
         init=init,

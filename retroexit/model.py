@@ -216,6 +216,10 @@ class EarlyExitGenerator(nn.Module):
         self._ensure_recorded(args, kwargs)
         return self.split.begin(args, kwargs)
 
+    def overhead(self) -> list[int]:
+        """MACs of predictor and retrieval in a routed call, per exit and for one sample; see `Router.overhead`."""
+        return self.router.overhead()
+
     # Recording.
 
     @property

@@ -294,6 +294,7 @@ def options_to_json(options: WrapOptions, decomposition: Decomposition) -> dict[
         "stages": {stage.path: stage.end for stage in decomposition.split.decoder.stages},
         "guidance": _guidance_to_json(options.guidance),
         "init": options.init,
+        "image_only": options.image_only,
         "image": options.image,
         "image_range": options.image_range,
         "self_test": options.self_test,
