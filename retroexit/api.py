@@ -135,7 +135,8 @@ def wrap(
     if example_inputs is None and description.example_inputs is not None:
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)
-    options = wrap_options(description, attach_at, scale, **settings)
+    sizes = _sizes(attach_at, scale, settings.pop("branch", None), settings.pop("macs", None))
+    options = wrap_options(description, sizes, attach_at, **settings)  # type: ignore[misc]
     options = replace(options, **adapter_options(generator, adapter, description))
     model = EarlyExitGenerator(generator, options)
     if example_inputs is not None or example_kwargs:
@@ -145,11 +146,9 @@ def wrap(
 
 def wrap_options(
     description: Description,
+    sizes: tuple[list[Any], list[str], list[float | None]],
     attach_at: tuple[int | str, ...] | None = None,
-    scale: float | Sequence[float] | None = None,
     *,
-    branch: str | Sequence[str] | None = None,
-    macs: float | Sequence[float | None] | None = None,
     min_channels: int = 64,
     tap: Literal["after", "before"] = "after",
     stages: Sequence[str] | None = None,
@@ -162,8 +161,8 @@ def wrap_options(
     self_test: bool = True,
     seed: int = 0,
 ) -> WrapOptions:
-    """Complete the settings of a wrap with the description of the generator."""
-    scales, kinds, shares = _sizes(attach_at, scale, branch, macs)
+    """Complete the settings of a wrap with the description of the generator; ``sizes`` come from `_sizes`."""
+    scales, kinds, shares = sizes
     if guidance is True or guidance == "patches":
         guidance = Guidance(key=None if guidance is True else False)
     elif guidance is not None and guidance is not False and not isinstance(guidance, Guidance):

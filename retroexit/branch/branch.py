@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from torch.nn import functional
 
 from retroexit.branch.widths.plan import Pin
 from retroexit.split.segments import Tail
-
-if TYPE_CHECKING:
-    from retroexit.branch.least_squares import Reconstruction
 
 __all__ = ["Branch", "GuideEntry", "GuideShape", "Inject"]
 
@@ -85,6 +82,27 @@ class GuideEntry(nn.Module):
         weight[:, : weight.shape[1] - self.guide_channels].zero_()
         weight[torch.arange(len(channels)), channels] = 1.0
         self.project.get_parameter("bias").zero_()
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Result of `reconstruct`.
+
+    Attributes:
+        layers: Paths of the layers that were solved, in the order in which they run.
+        before: Mean squared error of the branch's output on samples that were not used to solve, in units of
+            the variance of the backbone's output.
+        after: The same afterwards.
+    """
+
+    layers: tuple[str, ...]
+    before: float
+    after: float
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the error became smaller; if not, the branch has its previous weights."""
+        return self.after < self.before
 
 
 class Branch(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retroexit.branch.branch import Branch, GuideEntry, distinct_widths
-from retroexit.branch.least_squares import Reconstruction, reconstruct
+from retroexit.branch.branch import Branch, GuideEntry, Reconstruction, distinct_widths
+from retroexit.branch.least_squares import reconstruct
 from retroexit.branch.widths.plan import Pin, WidthPlan
 from retroexit.core.writes import differentiable_writes
 from retroexit.split.segments import Tail

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,11 @@ from torch.nn.utils import parametrize, skip_init
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from retroexit.branch.branch import Branch, Reconstruction
 from retroexit.core.modules import CONVOLUTIONS
 from retroexit.core.nested import tensors
 
-if TYPE_CHECKING:
-    from retroexit.branch.copy import CopyBranch
-
 __all__ = [
-    "Reconstruction",
     "as_weight",
     "can_read",
     "design",
@@ -140,30 +137,9 @@ def as_weight(module: nn.Module, solution: Tensor) -> Tensor:
     return solution.mT.reshape(weight.shape).to(weight)
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """Result of `reconstruct`.
-
-    Attributes:
-        layers: Paths of the layers that were solved, in the order in which they run.
-        before: Mean squared error of the branch's output on samples that were not used to solve, in units of
-            the variance of the backbone's output.
-        after: The same afterwards.
-    """
-
-    layers: tuple[str, ...]
-    before: float
-    after: float
-
-    @property
-    def is_better(self) -> bool:
-        """Whether the error became smaller; if not, the branch has its previous weights."""
-        return self.after < self.before
-
-
 @torch.no_grad()
 def reconstruct(
-    branch: CopyBranch,
+    branch: Branch,
     full: nn.Module,
     values: Sequence[Tensor],
     guide: Tensor | None = None,
@@ -232,11 +208,11 @@ class _Pair:
         return selected if self.channels is None else selected[:, self.channels.to(selected.device)]
 
 
-def _pairs(branch: CopyBranch, full: nn.Module) -> list[_Pair]:
+def _pairs(branch: Branch, full: nn.Module) -> list[_Pair]:
     """List the layers that can be solved."""
     originals, pairs = dict(full.named_modules()), []
-    owners = Counter(id(p) for _, p in branch.tail.named_parameters(remove_duplicate=False))
-    for path, thin in branch.tail.named_modules():
+    owners = Counter(id(p) for _, p in branch.get_submodule("tail").named_parameters(remove_duplicate=False))
+    for path, thin in branch.get_submodule("tail").named_modules():
         original = originals.get(path)
         if original is None or path not in branch.inherited or type(original) is not type(thin):
             continue
@@ -335,7 +311,7 @@ def _watch(full: nn.Module, pairs: Sequence[_Pair], values: Sequence[Tensor], pl
         _run(full, values, seed)
 
 
-def _solve(branch: CopyBranch, pairs: Sequence[_Pair], values: Sequence[Any], seed: int) -> tuple[str, ...]:
+def _solve(branch: Branch, pairs: Sequence[_Pair], values: Sequence[Any], seed: int) -> tuple[str, ...]:
     """Solve the branch's layers while they run; return the paths of those that changed."""
     solved: dict[str, None] = {}
 

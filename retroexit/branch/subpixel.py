@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retroexit.branch.branch import Branch, GuideEntry
+from retroexit.branch.branch import Branch, GuideEntry, Reconstruction
 from retroexit.branch.builder import BranchSpec
-from retroexit.branch.least_squares import Reconstruction
 from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
 from retroexit.branch.subpixel_start import solve_subpixel
 from retroexit.core.modules import MacCounter

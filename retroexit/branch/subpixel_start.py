@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retroexit.branch.least_squares import Reconstruction, design, draw_places, exact, least_squares, rows
+from retroexit.branch.branch import Reconstruction
+from retroexit.branch.least_squares import design, draw_places, exact, least_squares, rows
 from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
-
-if TYPE_CHECKING:
-    from retroexit.branch.subpixel import SubpixelBranch
 
 __all__ = ["explaining_channels", "solve_subpixel"]
 
@@ -31,7 +29,7 @@ _PLACES = 4096
 
 @torch.no_grad()
 def solve_subpixel(
-    branch: SubpixelBranch,
+    branch: Any,
     full: nn.Module,
     stages: Sequence[str],
     values: Sequence[Tensor],
@@ -43,7 +41,7 @@ def solve_subpixel(
     """Solve the layers of a branch, in place.
 
     Args:
-        branch: A branch with random layers; in eval mode.
+        branch: A `SubpixelBranch` with random layers; in eval mode.
         full: The full-width tail; it is not changed.
         stages: Paths of the tail's modules whose outputs are targets.
         values: Feature and live values of some samples. The last quarter of them only tests the result.
@@ -87,7 +85,7 @@ def solve_subpixel(
 
 
 def _run_backbone(
-    full: nn.Module, stages: Sequence[str], values: Sequence[Tensor], branch: SubpixelBranch, seed: int
+    full: nn.Module, stages: Sequence[str], values: Sequence[Tensor], branch: Any, seed: int
 ) -> tuple[list[Tensor], Tensor]:
     """Run the tail; returns the maps that its stages return, and the image as ``(N, C, ...)``."""
     maps: list[Tensor] = []

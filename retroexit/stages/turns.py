@@ -90,7 +90,9 @@ def _levels(recording: Recording, ends: Mapping[str, str]) -> tuple[dict[fx.Node
     return levels, first, last
 
 
-def _lower(marked: Iterable[fx.Node], level: int, needs: Mapping[fx.Node, list[fx.Node]], levels: dict[fx.Node, int]):
+def _lower(
+    marked: Iterable[fx.Node], level: int, needs: Mapping[fx.Node, list[fx.Node]], levels: dict[fx.Node, int]
+) -> None:
     """Give a level to nodes and to all that they need."""
     waiting = list(marked)
     while waiting:

@@ -6,58 +6,16 @@ A recording would freeze it at one size. So it is emptied before the recording, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from retroexit.core.nested import tensors
 from retroexit.errors import RetroExitError
+from retroexit.tracing.kept_state import kept_state
+from retroexit.tracing.record import Recording
 
-if TYPE_CHECKING:
-    from retroexit.tracing.record import Recording
-
-_CONTAINERS = (dict, list, set)
 _MOST = 16  # attributes that are tried one by one
-
-
-@contextmanager
-def kept_state(generator: nn.Module) -> Iterator[None]:
-    """Restore attributes, dicts, lists and buffers of all modules that change inside the block; no values."""
-    changing = (torch.jit.ScriptModule, LazyModuleMixin)
-    modules = [module for module in generator.modules() if not isinstance(module, changing)]
-    saved = [(vars(module), dict(vars(module)), _contents(module)) for module in modules]
-    try:
-        yield
-    finally:
-        for now, before, contents in saved:
-            for name in now.keys() - before.keys():
-                del now[name]
-            for name, value in before.items():
-                if now.get(name, None) is not value:
-                    now[name] = value
-            for container, content in contents:
-                _refill(container, content)
-
-
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The containers among a module's attributes, each with a copy; hooks are left to their owners."""
-    own = ((name, value) for name, value in vars(module).items() if "hook" not in name)
-    return [(value, value.copy()) for _, value in own if isinstance(value, _CONTAINERS)]
-
-
-def _refill(container: Any, content: Any) -> None:
-    now, before = (list(c.items()) if isinstance(c, dict) else list(c) for c in (container, content))
-    if len(now) == len(before) and all(a is b or _same_pair(a, b) for a, b in zip(now, before, strict=True)):
-        return
-    container.clear()
-    container.extend(content) if isinstance(container, list) else container.update(content)
-
-
-def _same_pair(a: Any, b: Any) -> bool:
-    return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) == 2 and a[1] is b[1]
 
 
 def without_caches(generator: nn.Module, recording: Recording, record_again: Callable[[], Recording]) -> Recording:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from retroexit.core.nested import flatten, tensors
 from retroexit.core.samples import conversion_advice
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
-from retroexit.tracing.caches import kept_state
+from retroexit.tracing.kept_state import kept_state
 from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder
 from retroexit.tracing.unchanged import Snapshot, refuse_accelerate
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from retroexit.branch.branch import Branch
+from retroexit.branch.branch import Branch, Reconstruction
 from retroexit.branch.copy import CopyBranch
-from retroexit.branch.least_squares import Reconstruction
 from retroexit.errors import RetroExitError
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import unobserved
