@@ -2,7 +2,7 @@
 
 Synthetic populations are drawn 200 times each. A draw calibrates 300 samples (or 80 groups of five), and a
 population of 20,000 tells what share is above every threshold then. A promise is broken in a draw where more than
-``alpha`` of the population are above one of the thresholds that it is for, such as three for "listed".
+``alpha`` of the population are above one of the thresholds that it is for: eleven for "all", three for "listed".
 "Single" promises are counted once for the middle threshold, and once for any of the eleven. Broken may be 5 % of the
 draws, which is up to 16 of 200 with a probability of 97 %.
 
@@ -86,6 +86,7 @@ MODES: dict[str, tuple[Thresholds, tuple[float, ...]]] = {
     "single, at any of eleven": (None, ELEVEN),
     "listed, at any of three": (LISTED, LISTED),
     "ladder of 16, at any of eleven": (LADDER, ELEVEN),
+    "all, at any of eleven": ("all", ELEVEN),
 }
 
 
@@ -216,7 +217,7 @@ def split_evaluation(path: Path, arguments: Any) -> list[dict[str, Any]]:
     """Split an evaluation into random halves under every rule, and print."""
     evaluation, results, rows = Evaluation.from_json(path.read_text()), [], []
     print(f"\n{path}: {len(evaluation.loss)} samples, {evaluation.loss.shape[1]} branch exits")
-    modes = {"one": None, "listed": tuple(arguments.taus)}
+    modes = {"one": None, "listed": tuple(arguments.taus), "all": "all"}
     promise = (arguments.splits, arguments.alpha, arguments.confidence)
     for tau in arguments.taus:
         for name, thresholds in modes.items():

@@ -59,7 +59,7 @@ class WrapSettings(TypedDict, total=False):
         guidance: ``None``; ``True`` for a bank of frames if the adapter has a key function, else of patches;
             ``"patches"`` for a bank of patches in any case; or a `Guidance`.
         init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, which `fit` chooses
-            anew from its samples and solves for, or ``"scratch"``.
+            anew from its samples and solves for (in a sub-pixel branch, all layers), or ``"scratch"``.
         width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or the name of a
             plug-in's.
         image: Key, index or path of the image in the generator's output, if it returns several maps.

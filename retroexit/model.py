@@ -313,7 +313,7 @@ class EarlyExitGenerator(nn.Module):
             metric: Quality metric, or its name; by default the one that the model was fitted with.
             weights: File with the metric's weights.
             groups: The drive, speaker or session of each input; the promise is then for inputs of a new group.
-            thresholds: Thresholds that the promise holds for together; by default one at a time.
+            thresholds: Thresholds that the promise holds for together, or ``"all"``; by default one at a time.
             **settings: ``rule``, ``seed``, ``batch``, ``progress``.
 
         Returns:

@@ -327,7 +327,7 @@ class SubpixelBranch(Branch):
     def __init__(self, plan: SubpixelPlan, values: Sequence[Tensor], spec: BranchSpec, output: _Output) -> None:
         super().__init__(asdict(plan))
         feature, guide, axes = values[0], spec.guide, len(plan.last)
-        self.sizes, self.output = plan, output
+        self.sizes, self.output, self.init = plan, output, spec.init
         channels, size = int(feature.shape[1]), tuple(feature.shape[2:])
         self.entry: GuideEntry | None = None
         if guide is not None:
@@ -375,7 +375,9 @@ class SubpixelBranch(Branch):
     def start(
         self, full: Tail, stages: Sequence[str], values: Sequence[Tensor], guide: Tensor | None, seed: int
     ) -> Reconstruction | None:
-        """Solve the layers in closed form; see `retroexit.branch.subpixel_start`."""
+        """Solve the layers in closed form, see `retroexit.branch.subpixel_start`; not with ``init="scratch"``."""
+        if self.init == "scratch":
+            return None
         return solve_subpixel(self, full, stages, values, guide, seed=seed)
 
     @torch.no_grad()

@@ -11,12 +11,14 @@ from typer import Argument, Option
 import retroexit
 from retroexit.cli import options
 from retroexit.cli.load_target import example_of, load_generator, load_made
+from retroexit.errors import OptionError
 from retroexit.evaluation.sweep import EXPECTATION, left_out_rows, promise_summary
 from retroexit.fit import measure_times
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_report
 from retroexit.report.text_tables import left_out_table, limits_table, promise_table, sweep_table
+from retroexit.routing.calibration import Thresholds
 from retroexit.saving import read_calibration
 
 
@@ -49,7 +51,9 @@ def calibrate(
     rule: Annotated[
         str, Option(help="margin, or worst-group: no promise, but the margin that held for every group when left out.")
     ] = "margin",
-    together: Annotated[bool, Option("--together", help="Promise for all of the --thresholds together.")] = False,
+    holds_for: Annotated[
+        str, Option(help="What is promised together: one threshold, the listed ones (--threshold), or all.")
+    ] = "one",
     groups: Annotated[
         str | None, Option(help="Drive, speaker or session of each sample, which are then drawn: package.module:name.")
     ] = None,
@@ -62,8 +66,11 @@ def calibrate(
         retroexit calibrate mymodels:decoder runs/decoder --inputs mydata:calibration --alpha 0.05
     """
     model, samples, thresholds = fitted.load()
+    scopes: dict[str, Thresholds] = {"one": None, "listed": thresholds, "all": "all"}
+    if holds_for not in scopes:
+        raise OptionError(f"--holds-for must be one of {', '.join(scopes)}, got {holds_for!r}.", holds_for)
     labels = None if groups is None else load_made(groups)
-    promise: dict[str, Any] = {"rule": rule, "groups": labels, "thresholds": thresholds if together else None}
+    promise: dict[str, Any] = {"rule": rule, "groups": labels, "thresholds": scopes[holds_for]}
     model.calibrate(samples, alpha, confidence, weights=fitted.weights, batch=batch, **promise)
     if latency is not None:
         measure_times(model, samples, latency)

@@ -24,7 +24,7 @@ from retroexit.errors import OptionError
 from retroexit.routing.policy import assign_exits, check_number, lagrange_multiplier
 
 Rule = Literal["margin", "worst-group"]
-Thresholds = Sequence[float] | None
+Thresholds = Sequence[float] | Literal["all"] | None
 Array = npt.NDArray[Any]
 RULES = ("margin", "worst-group")
 
@@ -105,8 +105,8 @@ class Calibration:
             are above the threshold when that group is left out; ``confidence`` is not used.
         thresholds: ``None``: the promise holds for one threshold, chosen without looking at these inputs. Several: it
             holds for these together (each at ``1 - (1 - confidence) / len(thresholds)``); others are lowered to the
-            next of them, and below the smallest all samples take the backbone. ``docs/measurements.md`` shows what
-            several cost.
+            next of them, and below the smallest all samples take the backbone. ``"all"``: it holds for all together,
+            with one margin as a share of the threshold. ``docs/measurements.md`` shows what each costs.
         groups: The drive, speaker or session of each sample: the promise is then for an input of a new group.
         about: Where the samples come from, as JSON types.
 
@@ -143,6 +143,7 @@ class Calibration:
         before = np.minimum.accumulate(self._predicted)[:-1]
         self._entries[1:][self._predicted[1:] >= before] = np.inf
         self._allowed = self._most()
+        self._ratio = self._find(self._scores(None), _LARGEST_LIMIT) if self.thresholds == "all" else None
         self._limits = functools.lru_cache(_CACHE_SIZE)(self._limits_at)
         self._multiplier = functools.lru_cache(_CACHE_SIZE)(
             lambda budget, shares: lagrange_multiplier(self.predicted, torch.tensor(shares), budget)
@@ -162,10 +163,10 @@ class Calibration:
         if self.rule == "worst-group" and self.groups is None:
             raise OptionError("rule='worst-group' needs groups. Pass groups=, one label per sample.")
         thresholds: Any = self.thresholds  # anything that a user may pass
-        if thresholds is None:
+        if thresholds is None or (isinstance(thresholds, str) and thresholds == "all"):
             return
         if isinstance(thresholds, str) or not len(thresholds):
-            raise OptionError(f"thresholds must be None or numbers, got {thresholds!r}.")
+            raise OptionError(f"thresholds must be None, numbers or 'all', got {thresholds!r}.")
         self.thresholds = tuple(sorted({check_number("threshold", t) for t in thresholds}))
 
     def _level(self) -> tuple[float, float]:
@@ -208,6 +209,17 @@ class Calibration:
             return most_group_violations(len(self._names), *self._level())
         return most_violations(self._losses.shape[1], *self._level())
 
+    def _scores(self, tau: float | None) -> Array:
+        """Lowest limit ``(S,)`` at which each sample loses more than a threshold; a share of it if that may be any."""
+        if tau is None:  # exit k is taken for thresholds from entry / share on, and loses more up to its loss
+            with np.errstate(divide="ignore"):
+                scores = np.full_like(self._entries, np.inf)
+                np.divide(self._entries, self._losses, out=scores, where=self._losses > 0)
+        else:
+            scores = np.where(self._losses > tau, self._entries, np.inf)
+        least: Array = scores.min(0)
+        return least
+
     def _find(self, scores: Array, largest: float, left_out: int | None = None) -> float:
         """Find the largest limit that scores ``(S,)`` allow, maybe without one group."""
         if not len(self._names):
@@ -226,9 +238,12 @@ class Calibration:
         if isinstance(self.thresholds, tuple):
             tau = max((t for t in self.thresholds if t <= tau), default=-1.0)
         largest = min(_LARGEST_LIMIT * tau, float(self._predicted.max()))  # no further than was tried
-        # The lowest limit at which each sample loses more than the threshold.
-        scores = np.where(self._losses > tau, self._entries, np.inf).min(0)
-        limit = self._find(scores, largest, left_out)
+        if self._ratio is None:
+            limit = self._find(self._scores(tau), largest, left_out)
+        else:
+            is_whole = left_out is None
+            ratio = self._ratio if is_whole else self._find(self._scores(None), _LARGEST_LIMIT, left_out)
+            limit = min(tau * ratio, largest)
         return torch.full(self.losses.shape[1:], limit if tau >= 0 else -math.inf, dtype=self.predicted.dtype)
 
     def limits(self, threshold: float | Tensor) -> Tensor:
@@ -291,7 +306,7 @@ class Calibration:
                 f"no promise: at most {self.alpha:g} of each of {groups[4:]} had {metric} > threshold when it was left "
                 f"out{source}"
             )
-        scope = ""
+        scope = "" if self.thresholds is None else ", for all thresholds together"
         if isinstance(self.thresholds, tuple):
             scope = f", for the thresholds {', '.join(f'{t:g}' for t in self.thresholds)} together"
         inputs = f"inputs like the {len(self)}" if self.groups is None else f"inputs of new groups like {groups}"

@@ -135,12 +135,13 @@ def test_a_model_is_calibrated_later(run, tmp_path):
     assert "calibrated on" in again.err and "promise: P(ms-ssim" in again.out
 
 
-def test_a_model_is_calibrated_for_several_thresholds_or_by_groups(run, tmp_path):
+def test_a_model_is_calibrated_for_all_thresholds_or_by_groups(run, tmp_path):
     run.fit().succeeds()
     (tmp_path / "labels.py").write_text("drives = ['a', 'b', 'b'] * 4\n")
+    run("calibrate", *OTHERS, *PROMISE, "--holds-for", "some").fails_with("--holds-for must be .* 'some'")
     run("calibrate", *OTHERS, *PROMISE, "--rule", "worst-group").fails_with("worst-group.*needs groups")
-    printed = run("calibrate", *OTHERS, *PROMISE, "--together").succeeds()
-    assert re.search(r"for the thresholds [\d., ]+ together", printed)
+    printed = run("calibrate", *OTHERS, *PROMISE, "--holds-for", "all").succeeds()
+    assert "for all thresholds together" in printed
     groups = ("--rule", "worst-group", "--groups", "labels.py:drives")
     printed = run("calibrate", *OTHERS, *PROMISE, *groups).succeeds()
     assert re.search(r"group left out .*\n.*\n +0.2 +a +4 .*\n +0.2 +b +8 ", printed)

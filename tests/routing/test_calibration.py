@@ -32,15 +32,29 @@ def _violations(losses, predicted, limit, tau):
 
 
 @pytest.mark.parametrize("bias", [-0.4, 0.0, 0.3])
-@pytest.mark.parametrize("thresholds", [None, (0.1, 0.05)])
+@pytest.mark.parametrize("thresholds", [None, (0.1, 0.05), "all"])
 def test_the_limit_is_the_largest_that_passes_the_test(bias, thresholds):
     (losses, predicted), tau = _draw(200, 3, bias=bias), 0.1
     limit = Calibration(losses, predicted, thresholds=thresholds).limits(tau)
     assert limit.tolist() == [float(limit[0])] * 3
     allowed = most_violations(200, 0.05, 1 - 0.05 / 2 if isinstance(thresholds, tuple) else 0.95)
-    assert _violations(losses, predicted, float(limit[0]), tau) <= allowed
-    following = float(predicted[predicted > limit[0]].min())
-    assert _violations(losses, predicted, following, tau) > allowed
+    if thresholds == "all":  # by a grid of thresholds: a sample may be above none of them
+        grid = torch.linspace(0.01, 0.3, 300).tolist()
+
+        def count(ratio):
+            above = [_routed_losses(losses, predicted, ratio * t) > t + 1e-6 for t in grid]
+            return int(torch.stack(above).any(0).sum())
+
+        assert count(float(limit[0]) / tau) <= allowed < count(1.02 * float(limit[0]) / tau)
+    else:
+        assert _violations(losses, predicted, float(limit[0]), tau) <= allowed
+        following = float(predicted[predicted > limit[0]].min())
+        assert _violations(losses, predicted, following, tau) > allowed
+
+
+def _routed_losses(losses, predicted, limit):
+    exits = assign_exits(predicted, torch.full((3,), limit))
+    return torch.nn.functional.pad(losses, (0, 1)).gather(1, exits[:, None] - 1)[:, 0]
 
 
 @pytest.mark.parametrize("bias", [-0.3, 0.0])
@@ -122,17 +136,18 @@ def test_a_threshold_between_promised_ones_is_lowered_to_the_next():
     assert calibration.limits(0.05).tolist() == [-math.inf] * 3
 
 
-def test_exits_that_lose_nothing_are_accepted():
+@pytest.mark.parametrize("thresholds", [None, "all"])
+def test_exits_that_lose_nothing_are_accepted(thresholds):
     _, predicted = _draw(100, 1)
-    limits = Calibration(torch.zeros(100, 3), predicted).limits(0.1)
+    limits = Calibration(torch.zeros(100, 3), predicted, thresholds=thresholds).limits(0.1)
     assert torch.equal(limits, predicted.max().clamp_max(0.2).expand(3))
     zeros = torch.zeros(100, 3)
-    assert Calibration(zeros, zeros).limits(0.1).tolist() == [0.0] * 3
+    assert Calibration(zeros, zeros, thresholds=thresholds).limits(0.1).tolist() == [0.0] * 3
 
 
 def test_it_is_the_same_when_copied_and_keeps_few_limits():
-    losses, predicted, groups = _groups(75, 3, 1)
-    calibration = Calibration(losses, predicted, groups=groups, thresholds=(0.05, 0.1))
+    losses, predicted, groups = _groups(70, 3, 1)
+    calibration = Calibration(losses, predicted, groups=groups, thresholds="all")
     for other in (copy.deepcopy(calibration), pickle.loads(pickle.dumps(calibration))):
         assert other.settings() == calibration.settings()
         assert torch.equal(other.limits(0.08), calibration.limits(0.08))
@@ -160,8 +175,8 @@ def test_what_is_no_calibration_is_refused():
         ({"rule": "worst-group", "groups": [0] * 60}, "needs at least 2 groups .* got 1. Pass samples of another"),
         ({"groups": [0] * 59}, "groups must have one label for each of 60 samples, got 59"),
         ({"groups": [0, 1] * 30}, "needs at least 59 groups, got 2. Pass samples of 57 more .*'worst-group'"),
-        ({"thresholds": "every"}, "thresholds must be None or numbers, got 'every'"),
-        ({"thresholds": ()}, r"thresholds must be None or numbers, got \(\)"),
+        ({"thresholds": "every"}, "thresholds must be None, numbers or 'all', got 'every'"),
+        ({"thresholds": ()}, r"thresholds must be None, numbers or 'all', got \(\)"),
         ({"thresholds": (0.1, -1)}, "threshold must be a finite number >= 0, got -1"),
         ({"thresholds": (0.1, 0.2)}, "needs at least 72 samples, got 60. Pass 12 more"),
         ({"about": {"duplicates": 7}, "alpha": 0.04}, "needs at least 74 samples that differ, got 60, since 7 repeat"),
