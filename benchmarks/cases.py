@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ class Case:
 
     Attributes:
         variants: Settings of guidance by name; without a guide is called "none".
-        renew: Gives the same inputs with new noise, where the generator's inputs hold some.
     """
 
     generator: nn.Module
@@ -43,7 +42,6 @@ class Case:
     image_range: tuple[float, float]
     crop: int | None
     variants: dict[str, retroexit.Guidance]
-    renew: Callable[[Sequence[Any]], Sequence[Any]] | None = None
 
     def wrap(self, guidance: retroexit.Guidance | None, seed: int = 0) -> EarlyExitGenerator:
         """Wrap the generator with or without a guide."""
@@ -67,19 +65,6 @@ def shared_folder() -> Path:
     return Path(os.environ.get("RETROEXIT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
-def _noisy(latents: Sequence[Tensor]) -> Tensor:
-    """Add a tenth of the latents' own spread, as an unfinished sampler leaves it."""
-    stacked = torch.stack(list(latents))
-    noise = torch.randn(stacked.shape, generator=torch.Generator().manual_seed(0))
-    return stacked + 0.1 * stacked.std() * noise
-
-
-def _restyled(scenes: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Keep the labels, and take the styles of other scenes."""
-    styles = [style for _, style in scene_inputs(len(scenes), seed=40)]
-    return [(labels, style) for (labels, _), style in zip(scenes, styles, strict=True)]
-
-
 def latent_case(shared: Path, out: Path) -> Case:
     """Street photographs through the latent decoder of examples/latent_decoder.py."""
     example = latent_decoder()
@@ -97,7 +82,6 @@ def latent_case(shared: Path, out: Path) -> Case:
         metric=_lpips(shared),
         image_range=(0.0, 1.0),
         crop=64,
-        renew=_noisy,
         variants={
             "slopes": slopes,
             "image": image,
@@ -153,7 +137,6 @@ def scene_case(shared: Path, out: Path) -> Case:
         metric=_lpips(shared) if shared.is_dir() else host().metric("ms-ssim"),
         image_range=(-1.0, 1.0),
         crop=None,
-        renew=_restyled,
         variants={"image": image, "middle": dataclasses.replace(image, value_after=None, inject="input")},
     )
 
@@ -178,7 +161,6 @@ def tiny_case(shared: Path, out: Path) -> Case:
         metric=host().metric("ms-ssim"),
         image_range=(-1.0, 1.0),
         crop=None,
-        renew=_noisy,
         variants={"image": image, "slopes": dataclasses.replace(image, order=1, size=16)},
     )
 

@@ -1,317 +1,216 @@
-"""Compare the installed retrieval back-ends on keys of a real generator, down to the images they lead to.
+"""Compare the retrieval back-ends with the best searches that one could write by hand.
 
-The bank is filled from a generator's inputs as `fit` does it. There are two kinds of queries: inputs that
-are not in the bank ("held out"), and inputs that are, with new noise ("new noise"). Per back-end, those of
-plug-ins included, and size of the bank: recall@1 against a plain loop, the time of one image's queries in one
-search (median, 10th to 90th percentile; back-ends take turns), time to build, memory, time and size of
-saving, and the loss of each exit's image when its guide comes from that back-end.
+Every bar is a ratio of two medians with a limit. The two sides take turns in one process, so that other work
+on the machine slows both; the spread is the 10-90 % range of the ratios turn by turn. The ratio of CPU times
+is printed beside the one of wall times: a busy machine disturbs it less. Keys are rectified features of a
+random network over 24 hidden numbers, with noise; queries are further samples.
 
-    python benchmarks/retrieval.py --sizes 1000 10000 --json runs/retrieval.json
-    python benchmarks/retrieval.py --case latent --shared ../shared --model runs/latent-guided
-
-The branches are those of ``--model``, a folder that `fit` wrote for the case's generator with guidance;
-without it they are trained for ``--steps`` steps, enough to show what a worse neighbour costs.
-
-    python benchmarks/retrieval.py --bars --large 100000
-
-``--bars`` compares the back-ends with hand-written searches instead; see ``retrieval_bars.py``.
+    python benchmarks/retrieval.py --large 100000
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
-import subprocess
-import sys
+import functools
+import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
-from cases import CASES, Case, shared_folder
 from common import argument_parser, cell, machine_line, take_turns, write_json
+from torch import Tensor, nn
 from tqdm import tqdm
 
-import retroexit
-from retroexit.core.samples import ImageRange, Samples
-from retroexit.guidance import GuidanceBank, cut
-from retroexit.model import EarlyExitGenerator
-from retroexit.plugins import host
 from retroexit.report.text_tables import table
-from retroexit.retrieval import Retriever
+from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever, Retriever
 
-Row = dict[str, Any]
-HELD_OUT, NEW_NOISE = "held out", "new noise"
-
-# All indexes stay in memory, so that none reuses what another one freed.
-_MEMORY = """
-import json, sys, numpy as np
-from retroexit.plugins import host
-def resident():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
-keys, grown, indexes = np.load(sys.argv[1]), {}, []
-for spec, name, options in json.loads(sys.argv[2]):
-    make = host().retriever(name)
-    make(**options).build(keys[:256])  # libraries are loaded before
-    before = resident()
-    indexes.append(make(**options).build(keys))
-    grown[spec] = resident() - before
-print(json.dumps(grown))
-"""
+Bar = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Queries:
-    """Inputs of one kind and their keys.
-
-    Attributes:
-        inputs: Samples of the generator.
-        keys: Their keys, float32 ``(inputs, queries per input, D)``.
-    """
-
-    inputs: Sequence[Any]
-    keys: np.ndarray
-
-    @property
-    def rows(self) -> np.ndarray:
-        """All keys, ``(inputs * queries, D)``."""
-        return self.keys.reshape(-1, self.keys.shape[-1])
-
-
-@torch.no_grad()
-def keys_of(model: EarlyExitGenerator, inputs: Sequence[Any]) -> np.ndarray:
-    """Collect the keys of every input, float32 ``(inputs, queries per input, D)``."""
-    taps, keys = model.decomposition.taps, []
-    assert taps is not None
-    for _, args, kwargs in tqdm(Samples(inputs).batches(16), desc="keys", disable=None):
-        key_feature = model.split.begin(args, kwargs).key_feature
-        keys.append(cut(taps.query(key_feature, args, kwargs), taps.patch).flatten(1, -2))
-    return torch.cat(keys).float().numpy()
-
-
-def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
-    """Read ``faiss:index=IVF16,Flat;nprobe=2`` as the name of a back-end and its options."""
-    name, _, text = spec.partition(":")
-    pairs = (part.partition("=") for part in text.split(";") if part)
-    return name, {key: int(value) if value.isdigit() else value for key, _, value in pairs}
-
-
-def retriever_of(spec: str) -> Retriever:
-    """Make a back-end that holds no keys yet."""
-    name, options = parse_spec(spec)
-    return host().retriever(name)(**options)
-
-
-def installed() -> list[str]:
-    """List every back-end that is installed, and two of FAISS's indexes that are fast rather than exact."""
-    names = sorted(host().names("retriever"), key=lambda name: name != "exact")
-    more = ["faiss:index=HNSW16;ef=16", "faiss:index=IVF16,Flat;nprobe=2"]
-    return names + (more if importlib.util.find_spec("faiss") else [])
-
-
-def nearest(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Exact squared distance to the nearest key, query by query."""
-    return np.array([((keys - query) ** 2).sum(1).min() for query in queries])
-
-
-def guided_model(case: Case, folder: Path | None, steps: int, size: int) -> EarlyExitGenerator:
-    """Read a fitted model, or fit one for a moment, with a bank of ``size`` pairs."""
-    if folder is not None:
-        args, kwargs = Samples(case.train).gather([0])
-        return retroexit.load(folder, case.generator, args, kwargs)
-    guidance = retroexit.Guidance(value_after="image", inject="every_stage", size=size, thin="random")
-    model = case.wrap(guidance)
-    with tempfile.TemporaryDirectory() as scratch:
-        retroexit.fit(
-            model,
-            case.train,
-            scratch,
-            metric=case.metric,
-            steps=steps,
-            batch=4,
-            crop=case.crop,
-            predictor_steps=1,
-            bfloat16=True,
-        )
-        assert model.bank is not None  # its values are mapped from the folder that goes now
-        model.bank.values = np.array(model.bank.values)
-    return model
-
-
-def resized(bank: GuidanceBank, size: int, retriever: Retriever) -> GuidanceBank:
-    """Make a bank of some of another one's pairs, searched by another back-end."""
-    rows = np.random.default_rng(0).permutation(len(bank))[:size]
-    return GuidanceBank(
-        retriever=retriever.build(bank.retriever.keys[rows]),
-        values=np.asarray(bank.values)[rows],
-        source=bank.source.numpy()[rows],
-        meta=bank.meta,
-    )
-
-
-@torch.no_grad()
-def mean_losses(model: EarlyExitGenerator, bank: GuidanceBank, case: Case, inputs: Sequence[Any]) -> list[float]:
-    """Mean loss of every exit's image to the backbone's, with guides from this bank."""
-    model.bank, limits, losses = bank, ImageRange(*case.image_range), []
-    for _, args, kwargs in Samples(inputs).batches(4):
-        *early, last = (limits.to_signed(model.image(o)).float() for o in model.all_exits(*args, **kwargs))
-        losses.append(torch.stack([case.metric(image, last) for image in early], 1))
-    return [float(loss) for loss in torch.cat(losses).mean(0)]
-
-
-def compare(
-    model: EarlyExitGenerator, case: Case, names: list[str], size: int, queries: dict[str, Queries], turns: int
-) -> list[Row]:
-    """Measure every back-end on the same bank and queries; searches of different back-ends take turns."""
-    bank = model.bank
-    assert bank is not None
-    banks, rows = {}, []
-    for name in names:
-        begin = time.perf_counter()
-        banks[name] = resized(bank, size, retriever_of(name))
-        rows.append({"backend": name, "keys": size, "build_s": time.perf_counter() - begin})
-    keys = banks[names[0]].retriever.keys
-    megabytes = memory(names, keys)
-    for row in rows:
-        name = row["backend"]
-        row |= {"width": keys.shape[1], "memory_mb": megabytes[name], **saving(banks[name].retriever)}
-    for kind, some_queries in queries.items():
-        some = some_queries.rows[:: max(1, len(some_queries.rows) // 512)]
-        # Another image's queries in each turn.
-        searches: dict[str, Callable[[int], object]] = {
-            name: lambda turn, r=bank.retriever, k=some_queries.keys: r.search(k[turn % len(k)])
-            for name, bank in banks.items()
-        }
-        truth, taken = nearest(keys, some), take_turns(searches, turns)
-        for row in rows:
-            name = row["backend"]
-            distances = banks[name].retriever.search(some).distances[:, 0].numpy()
-            low, median, high = np.quantile(1000 * taken[name][0], (0.1, 0.5, 0.9))
-            row[kind] = {
-                "recall": float((distances <= truth * (1 + 1e-4) + 1e-4).mean()),
-                "ms": float(median),
-                "ms_p10": float(low),
-                "ms_p90": float(high),
-                "losses": mean_losses(model, banks[name], case, some_queries.inputs),
-            }
-    model.bank = bank
+def features(count: int, width: int, seed: int) -> Tensor:
+    """Draw features, ``(count, width)``; all seeds share one network."""
+    weights = torch.Generator().manual_seed(0)
+    first = torch.randn(24, 256, generator=weights) / 24**0.5
+    second = torch.randn(256, width, generator=weights) / 16
+    random = torch.Generator().manual_seed(seed)
+    rows = torch.empty(count, width)
+    for start in range(0, count, 8192):
+        part = rows[start : start + 8192]
+        hidden = torch.relu(torch.randn(len(part), 24, generator=random) @ first)
+        part.copy_(torch.relu(hidden @ second) + 0.02 * torch.randn(part.shape, generator=random))
     return rows
 
 
-def memory(names: Sequence[str], keys: np.ndarray) -> dict[str, float | None]:
-    """Measure by how many MB a fresh process grows with each index, its copy of the keys included."""
-    if not Path("/proc/self/status").exists():
-        return dict.fromkeys(names)
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "keys.npy", keys)
-        command = [sys.executable, "-c", _MEMORY, str(Path(folder) / "keys.npy")]
-        command.append(json.dumps([(name, *parse_spec(name)) for name in names]))
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return dict(json.loads(done.stdout))
+def bar(name: str, limit: float, ours: np.ndarray, theirs: np.ndarray, note: str = "") -> Bar:
+    """Compare two sides of `take_turns` with the largest ratio that is accepted."""
+    wall, busy = np.median(ours, axis=1) / np.median(theirs, axis=1)
+    low, high = np.quantile(ours[0] / theirs[0], (0.1, 0.9))
+    return {
+        "bar": name,
+        "at_most": limit,
+        "ratio": wall,
+        "p10": low,
+        "p90": high,
+        "cpu_ratio": busy,
+        "ours_ms": 1000 * np.median(ours[0]),
+        "theirs_ms": 1000 * np.median(theirs[0]),
+        "turns": ours.shape[1],
+        "met": bool(wall <= limit),
+        "note": note,
+    }
 
 
-def saving(retriever: Retriever) -> Row:
-    """Time saving and loading of an index; returns seconds and MB."""
+def raw_torch(retriever: Retriever) -> Callable[[Tensor], object]:
+    """Search as one would by hand: one product and a minimum."""
+    keys = torch.from_numpy(retriever.keys - retriever.keys.mean(0))
+    norms = keys.square().sum(1)
+    return lambda queries: torch.addmm(norms, queries, keys.T, alpha=-2).min(1)
+
+
+Search = Callable[[Any], object]
+
+
+def wrapped_and_raw(keys: Tensor) -> dict[str, tuple[Retriever, Search]]:
+    """Build three back-ends, each with the search that one would write by hand over the same keys."""
+    plain = ExactRetriever(precision="float32").build(keys)
+    flat, graph = FaissRetriever().build(keys), HnswlibRetriever().build(keys)
+    native, mean = faiss.IndexFlatL2(keys.shape[1]), keys.numpy().mean(0)
+    native.add(keys.numpy())
+    return {
+        "exact f32": (plain, raw_torch(plain)),
+        "faiss": (flat, lambda queries: native.search(queries.numpy(), 1)),
+        # The graph is built over centred keys.
+        "hnswlib": (graph, lambda q: graph._native.knn_query(q.numpy() - mean, k=1, num_threads=1)),
+    }
+
+
+def overheads(size: int, width: int, count: int, limit: float, repeats: int) -> Iterator[Bar]:
+    """Compare back-ends with their raw searches: what the wrapper costs."""
+    queries, sides = features(count, width, 5), {}
+    pairs = wrapped_and_raw(features(size, width, 4))
+    for name, (retriever, raw) in pairs.items():
+        sides[name] = functools.partial(_run, retriever.search, queries)
+        sides[f"raw {name}"] = functools.partial(_run, raw, queries)
+    times = take_turns(sides, repeats)
+    for name in pairs:
+        yield bar(f"{name} : raw, {count} x {size} x {width}", limit, times[name], times[f"raw {name}"])
+
+
+def _run(search: Search, queries: Tensor, turn: int) -> None:
+    search(queries)
+
+
+def exact_search(repeats: int) -> Iterator[Bar]:
+    """Exact search of 128 queries among 10,000 keys of 1024 numbers, in two precisions."""
+    keys, queries = features(10_000, 1024, 1), features(128, 1024, 2)
+    plain = ExactRetriever(precision="float32").build(keys)
+    rounded = ExactRetriever(precision="bfloat16").build(keys)
+    flat, native, few = FaissRetriever().build(keys), faiss.IndexFlatL2(1024), queries[:120]
+    native.add(keys.numpy())
+    searches: dict[str, Search] = {"exact f32": plain.search, "exact bf16": rounded.search, "faiss": flat.search}
+    sides = {name: functools.partial(_run, search, queries) for name, search in searches.items()}
+    sides |= {f"{name}, 120": functools.partial(_run, search, few) for name, search in searches.items()}
+    sides["raw faiss"] = lambda _: native.search(queries.numpy(), 1)
+    sides["cdist"] = lambda _: torch.cdist(queries, keys).min(1)
+    times = take_turns(sides, repeats)
+    yield bar("exact f32 : faiss flat", 1.5, times["exact f32"], times["raw faiss"])
+    yield bar("exact f32 : torch.cdist", 0.5, times["exact f32"], times["cdist"])
+    many = features(4096, 1024, 3)
+    same = (plain.search(many).distances == rounded.search(many).distances).float().mean()
+    note = f"recall {float(same):.4f}"
+    yield bar("exact bf16 : exact f32", 0.8, times["exact bf16"], times["exact f32"], note)
+    for name in searches:
+        yield bar(f"{name}, 120 : 128 queries", 1.3, times[f"{name}, 120"], times[name])
+
+
+def graph_at(size: int, repeats: int) -> Iterator[Bar]:
+    """A graph over many keys, after saving and loading, against FAISS's exhaustive search."""
+    keys, queries, graph = features(size, 1024, 6), features(1024, 1024, 7), FaissRetriever(index="HNSW16")
+    begin = time.perf_counter()
+    graph.build(keys)
+    built = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "index"
+        graph.save(Path(folder) / "index")
         begin = time.perf_counter()
-        retriever.save(path)
-        saved = time.perf_counter()
-        type(retriever).load(path)
-        loaded = time.perf_counter()
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return {"save_s": saved - begin, "load_s": loaded - saved, "saved_mb": size / 2**20}
-
-
-def show(rows: Sequence[Row], kinds: Sequence[str]) -> str:
-    """Set the results in two tables: the index, and its searches."""
-    index = [
-        [
-            r["backend"],
-            str(r["keys"]),
-            *(f"{r[key]:.2f}" for key in ("build_s", "save_s", "load_s")),
-            f"{r['saved_mb']:.1f}",
-            "" if r["memory_mb"] is None else f"{r['memory_mb']:.1f}",
-        ]
-        for r in rows
-    ]
-    searches = [
-        [
-            kind,
-            r["backend"],
-            str(r["keys"]),
-            f"{r[kind]['recall']:.3f}",
-            cell(*(r[kind][name] for name in ("ms", "ms_p10", "ms_p90"))),
-            *(f"{loss:.4f}" for loss in r[kind]["losses"]),
-        ]
-        for kind in kinds
-        for r in rows
-    ]
-    exits = [f"exit {k + 1}" for k in range(len(rows[0][kinds[0]]["losses"]))]
-    return "\n\n".join(
-        [
-            table(["back-end", "keys", "build s", "save s", "load s", "MB on disk", "MB in memory"], index),
-            table(["queries", "back-end", "keys", "recall@1", "ms per image (10-90 %)", *exits], searches),
-        ]
+        graph = FaissRetriever.load(Path(folder) / "index")
+    loaded = time.perf_counter() - begin
+    exact, flat = ExactRetriever().build(keys), faiss.IndexFlatL2(1024)
+    flat.add(keys.numpy())
+    image, matrix = queries[:128], queries[:128].numpy()
+    times = take_turns(
+        {
+            "graph": lambda _: graph.search(image),
+            "exact": lambda _: exact.search(image),
+            "flat": lambda _: flat.search(matrix, 1),
+        },
+        repeats,
     )
+    truth = exact.search(queries)
+    recall = float((graph.search(queries).distances == truth.distances).float().mean())
+    note = f"recall {recall:.4f}, build {built:.0f} s, load {loaded:.1f} s"
+    result = bar(f"faiss HNSW16 at {size}, loaded : flat", 0.3, times["graph"], times["flat"], note)
+    result["met"] = result["met"] and recall >= 0.95
+    yield result
+    yield bar(f"exact {exact.precision} at {size} : flat", 1.5, times["exact"], times["flat"])
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Read the options."""
+def beside_convolutions(repeats: int) -> Iterator[Bar]:
+    """Convolution and search in turn, torch on every core, the search on one thread of its own."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(cores)
+    keys, queries = features(2_000, 1024, 8), features(128, 1024, 9)
+    layers = nn.Sequential(*(nn.Conv2d(128, 128, 3, padding=1) for _ in range(2))).requires_grad_(False)
+    x = torch.randn(1, 128, 64, 64, generator=torch.Generator().manual_seed(10))
+    for retriever in (ExactRetriever(), FaissRetriever(), HnswlibRetriever()):
+        retriever.build(keys)
+        times = take_turns(
+            {
+                "conv": lambda _: [layers(x) for _ in range(3)],
+                "search": lambda _, r=retriever: [r.search(queries) for _ in range(3)],
+                "both": lambda _, r=retriever: [(layers(x), r.search(queries)) for _ in range(3)],
+            },
+            repeats,
+        )
+        name = f"convolution and {retriever.name} in turn : alone"
+        yield bar(name, 1.3, times["both"], times["conv"] + times["search"], f"torch on {cores} threads")
+    torch.set_num_threads(1)
+
+
+def main() -> None:
+    """Measure and print all bars."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", help="1000 and 10000 by default, or all of --model's")
-    parser.add_argument(
-        "--backends", nargs="+", help="names, options behind a colon as in faiss:index=HNSW16;ef=16; all by default"
-    )
-    parser.add_argument("--case", choices=tuple(CASES), default="scenes")
-    parser.add_argument("--shared", type=Path, default=shared_folder(), help="folder with data/weights")
-    parser.add_argument("--cache", type=Path, default=Path("runs/latent"), help="folder with encoded latents")
-    parser.add_argument("--model", type=Path, help="folder of a fitted model with guidance")
-    parser.add_argument("--steps", type=int, default=60, help="of each branch, without --model")
-    parser.add_argument("--repeats", type=int, default=21, help="timed searches per back-end")
-    parser.add_argument("--images", type=int, default=8, help="inputs to search for, of each kind")
-    parser.add_argument("--bars", action="store_true", help="compare with hand-written searches instead")
-    parser.add_argument("--large", type=int, default=100_000, help="keys of the largest bar; 0 leaves it out")
-    return parser, parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, draw."""
-    parser, arguments = parse(argv)
+    parser.add_argument("--repeats", type=int, default=21, help="timed turns per bar")
+    parser.add_argument("--large", type=int, default=100_000, help="keys of the largest graph; 0 leaves it out")
+    arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(machine_line())
-    if arguments.bars:
-        import retrieval_bars
-
-        write_json(arguments.json, bars=retrieval_bars.measure(arguments.repeats, arguments.large))
-        return
-    names = arguments.backends or installed()
-    case = CASES[arguments.case](arguments.shared, arguments.cache)
-    sizes = arguments.sizes or [1_000, 10_000]
-    model = guided_model(case, arguments.model, arguments.steps, max(sizes))
-    if model.bank is None:
-        parser.error(f"the model in {arguments.model} must have a bank, got one without. Fit it with guidance.")
-    if arguments.sizes is None and arguments.model is not None:
-        sizes = [len(model.bank)]
-    if len(model.bank) < max(sizes):
-        parser.error(f"--sizes must be <= {len(model.bank)}, the keys of the bank, got {max(sizes)}")
-    kinds = {HELD_OUT: case.test[: arguments.images]}
-    if case.renew is not None:
-        kinds[NEW_NOISE] = case.renew(case.train[: arguments.images])
-    queries = {kind: Queries(inputs, keys_of(model, inputs)) for kind, inputs in kinds.items()}
-    rows: list[Row] = []
-    for size in tqdm(sizes, desc="sizes", disable=None):
-        rows += compare(model, case, names, size, queries, arguments.repeats)
-    print(show(rows, list(queries)))
-    shape = f"{queries[HELD_OUT].keys.shape[1]} queries of {rows[0]['width']} numbers per image"
-    print(f"{arguments.case}, {case.metric.name}; {shape}; the same branches for all back-ends")
-    write_json(arguments.json, case=arguments.case, rows=rows)
+    repeats = arguments.repeats
+    groups = [
+        overheads(960, 515, 1, 2.0, 20 * repeats),  # little to search
+        overheads(10_000, 1024, 128, 1.1, repeats),
+        exact_search(repeats),
+        beside_convolutions(repeats),
+        *([graph_at(arguments.large, repeats)] if arguments.large else []),
+    ]
+    bars = [bar for group in tqdm(groups, disable=None) for bar in group]
+    rows = [
+        [
+            bar["bar"],
+            cell(bar["ratio"], bar["p10"], bar["p90"]),
+            f"{bar['cpu_ratio']:.2f}",
+            f"{bar['at_most']:g}",
+            "met" if bar["met"] else "MISSED",
+            f"{bar['ours_ms']:.3g} / {bar['theirs_ms']:.3g} ms",
+            bar["note"],
+        ]
+        for bar in bars
+    ]
+    print(table(["bar", "ratio (10-90 %)", "CPU time", "at most", "", "medians", ""], rows))
+    write_json(arguments.json, bars=bars)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,12 @@ class WrapSettings(TypedDict, total=False):
         guidance: ``None``; ``True`` for a bank of frames if the adapter has a key function, else of patches;
             ``"patches"`` for a bank of patches in any case; or a `Guidance`.
         init: Starting weights of a branch: ``"inherit"``, the backbone's most important channels, which `fit` chooses
-            anew from its samples and solves for, or ``"scratch"``.
+            anew from its samples and solves for (in a sub-pixel branch, all layers), or ``"scratch"``.
         width_rule: How widths follow from the scale: ``"floor"``, the paper's, ``"multiple-of-8"``, or the name of a
             plug-in's.
         image: Key, index or path of the image in the generator's output, if it returns several maps.
+        image_only: Whether early exits give the image alone, with ``None`` for other tensors in the output, such as
+            the cache of a video decoder, which otherwise keep their size and layers in every branch.
         image_range: Smallest and largest pixel value; measured by default.
         self_test: Whether to check that the generator cut at every attach point reproduces its output bit for bit.
         seed: Seed of fresh weights.
@@ -77,6 +79,7 @@ class WrapSettings(TypedDict, total=False):
     init: Literal["inherit", "scratch"]
     width_rule: str
     image: Any
+    image_only: bool
     image_range: tuple[float, float] | None
     self_test: bool
     seed: int
@@ -154,30 +157,13 @@ def wrap_options(
     init: Literal["inherit", "scratch"] = "inherit",
     width_rule: str = "floor",
     image: Any = None,
+    image_only: bool = False,
     image_range: tuple[float, float] | None = None,
     self_test: bool = True,
     seed: int = 0,
 ) -> WrapOptions:
     """Complete the settings of a wrap with the description of the generator."""
-    if branch is None:
-        branch = "copy" if scale is not None else "subpixel"
-    scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
-    shares = _per_exit("macs", macs, attach_at)
-    for kind, share in zip(kinds, shares, strict=True):
-        if kind != AUTO:
-            host().branch_kind(kind)
-        if share is not None and (not is_number(share) or not 0 < share < 1):
-            raise OptionError(f"macs must be a share of the backbone in (0, 1), got {share!r}. Pass e.g. 0.1.", share)
-        if share is not None and kind == "copy":
-            raise OptionError(
-                f"macs must be left out for branch='copy', got {share!r}: its cost follows from scale. Pass "
-                "branch='subpixel', or a smaller scale.",
-                share,
-            )
-    scales = [
-        1.0 if scale is None and kind not in ("copy", AUTO) else scale
-        for scale, kind in zip(scales, kinds, strict=True)
-    ]
+    scales, kinds, shares = _sizes(attach_at, scale, branch, macs)
     if guidance is True or guidance == "patches":
         guidance = Guidance(key=None if guidance is True else False)
     elif guidance is not None and guidance is not False and not isinstance(guidance, Guidance):
@@ -192,16 +178,40 @@ def wrap_options(
         attach_at,
         tuple(WidthRule(item, min_channels, width_rule, rule) for item in scales),
         branches=tuple(kinds),
-        macs=() if scale is None and macs is None else tuple(shares),
+        macs=tuple(shares),
         stages=None if stages is None else tuple(stages),
         guidance=guidance or None,
         image=description.image if image is None else image,
+        image_only=image_only,
         image_range=description.image_range if image_range is None else image_range,
         tap=tap,
         init=init,
         self_test=self_test,
         seed=seed,
     )
+
+
+def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any], list[str], list[float | None]]:
+    """Give width factor, kind and cost of every exit; no costs where nothing decides them."""
+    if branch is None:
+        branch = "copy" if scale is not None else "subpixel"
+    scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
+    shares = _per_exit("macs", macs, attach_at)
+    for kind, share in zip(kinds, shares, strict=True):
+        if kind != AUTO:
+            host().branch_kind(kind)
+        if share is not None and (not is_number(share) or not 0 < share < 1):
+            raise OptionError(f"macs must be a share of the backbone in (0, 1), got {share!r}. Pass e.g. 0.1.")
+        if share is not None and kind == "copy":
+            raise OptionError(
+                f"macs must be left out for branch='copy', got {share!r}: its cost follows from scale. Pass "
+                "branch='subpixel', or a smaller scale."
+            )
+    scales = [
+        1.0 if scale is None and kind not in ("copy", AUTO) else scale
+        for scale, kind in zip(scales, kinds, strict=True)
+    ]
+    return scales, kinds, [] if scale is None and macs is None else shares
 
 
 def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) -> list[Any]:
@@ -212,9 +222,7 @@ def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) ->
         return [value]
     values = list(value) if isinstance(value, (list, tuple)) else [value] * len(attach_at)
     if len(values) != len(attach_at):
-        raise OptionError(
-            f"{name} must be one value or one per attach point ({len(attach_at)}), got {len(values)}.", value
-        )
+        raise OptionError(f"{name} must be one value or one per attach point ({len(attach_at)}), got {len(values)}.")
     return values
 
 
@@ -262,8 +270,7 @@ def read_generator(
             raise OptionError(
                 f"example_inputs are needed, because no adapter makes the inputs of {type(generator).__name__}, "
                 f"{forward_signature(generator)}. Pass example_inputs=(...); on the command line, --shape 1,32,16,32 "
-                "once per input, or a factory that returns (generator, inputs).",
-                generator,
+                "once per input, or a factory that returns (generator, inputs)."
             )
         example_inputs, example_kwargs = description.example_inputs(generator)
     args, kwargs = example_call(example_inputs, example_kwargs)

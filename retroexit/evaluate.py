@@ -20,8 +20,6 @@ from retroexit.report.report import write_report
 from retroexit.report.saved_report import EVALUATION
 from retroexit.report.strips import pick_strips
 
-__all__ = ["evaluate"]
-
 
 def evaluate(
     model: EarlyExitGenerator,

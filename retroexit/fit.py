@@ -30,8 +30,6 @@ from retroexit.training.losses.plan import DEFAULT_LOSSES, QUALITY, LossOptions,
 from retroexit.training.predictor import check_reads
 from retroexit.training.settings import FitSettings, set_aside
 
-__all__ = ["fit", "measure_times", "prepare"]
-
 
 def fit(
     model: EarlyExitGenerator,
@@ -108,8 +106,7 @@ def _join(model: EarlyExitGenerator, devices: int | None, nodes: int | None) -> 
     if team.device is not None and device != team.device:
         raise DeviceError(
             f"the generator must be on {team.device} in this process of {team.size}, got {device}. Move it "
-            "there before it is wrapped; LOCAL_RANK has the number.",
-            model.generator,
+            "there before it is wrapped; LOCAL_RANK has the number."
         )
     return team
 
@@ -133,12 +130,12 @@ def prepare(
     Terms whose weights are not available are collected in ``missing``, by name; ``None`` raises.
     """
     if torch.is_inference_mode_enabled():
-        raise ModeError("fit must run outside torch.inference_mode(), which rules out training", model)
+        raise ModeError("fit must run outside torch.inference_mode(), which rules out training")
     settings, alpha, confidence, latency = plain_numbers((settings, alpha, confidence, latency))
     terms = LossOptions(**{f.name: settings.pop(f.name) for f in fields(LossOptions) if f.name in settings})
     names = [field.name for field in fields(FitSettings)]
     for name in sorted(set(settings) - set(names)):
-        raise OptionError(f"no setting {name!r} of a fit; closest: {closest(name, names)}", name)
+        raise OptionError(f"no setting {name!r} of a fit; closest: {closest(name, names)}")
     retriever = host().retriever(getattr(model.options.guidance, "retriever", "exact"))
     quality: QualityMetric | None = None
     try:
@@ -160,15 +157,14 @@ def prepare(
     if len(fitted) < 2:
         raise OptionError(
             f"inputs must be at least 2 samples to fit on, got {len(fitted)}. Pass more: hundreds for a trial, "
-            "thousands for good predictions.",
-            inputs,
+            "thousands for good predictions."
         )
     model.decomposition.check_generator()
     if bank is not None:
         model.guide.check(bank)
     check_reads(model, samples, options.predict_from)
     if latency is not None and latency < 1:
-        raise OptionError(f"latency must be >= 1, got {latency}", latency)
+        raise OptionError(f"latency must be >= 1, got {latency}")
     limits = check_images(model, samples, quality, options.cache_batch, model.options.image_range)
     reserved = [inputs[i] for i in aside]
     inputs = [inputs[i] for i in fitted] if aside else inputs
@@ -182,8 +178,7 @@ def _check_promise(aside: int, count: int, share: float, alpha: float, confidenc
     if aside < needed:
         raise OptionError(
             f"calibrate={share:g} of {count} inputs must be at least {needed} for alpha={alpha:g} and "
-            f"confidence={confidence:g}, got {aside}. Pass {math.ceil(needed / share)} inputs, or change one of these.",
-            share,
+            f"confidence={confidence:g}, got {aside}. Pass {math.ceil(needed / share)} inputs, or change one of these."
         )
 
 

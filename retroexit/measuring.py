@@ -59,8 +59,7 @@ def check_samples(model: MeasuredModel, samples: Samples, batch: int) -> None:
         more = "For items (image, label) pass [image for image, _ in data]; for several inputs list(zip(x, y))."
         raise OptionError(
             f"a sample must hold the inputs of {type(generator).__name__}.forward{signature}, got {len(args)} "
-            f"positional and {len(kwargs)} keyword inputs: {error}. {more}",
-            samples.items[0],
+            f"positional and {len(kwargs)} keyword inputs: {error}. {more}"
         ) from error
     if not model.is_recorded:
         one, named = moved(samples.gather([0]), device_of(generator))
@@ -99,7 +98,7 @@ def _axes_error(samples: Samples, leaf: Tensor, axes: int) -> OptionError:
     else:
         advice = "Remove it from every sample: x[0] instead of x."
     return OptionError(
-        f"a sample must have {axes} axes, without the batch axis, got shape {tuple(leaf.shape)}. {advice}", leaf
+        f"a sample must have {axes} axes, without the batch axis, got shape {tuple(leaf.shape)}. {advice}"
     )
 
 
@@ -142,8 +141,7 @@ def refuse_fitted(model: MeasuredModel, inputs: Sequence[Any]) -> None:
     if seen:
         raise OptionError(
             f"inputs must be samples that the model was not fitted on, got {seen} of {len(inputs)} that it was. "
-            "Pass new ones, or fit with calibrate=0.2, which sets a share of the inputs aside.",
-            inputs,
+            "Pass new ones, or fit with calibrate=0.2, which sets a share of the inputs aside."
         )
 
 
@@ -154,15 +152,13 @@ def check_measure(model: MeasuredModel, metric: QualityMetric) -> None:
         if name in fitted and fitted[name] != now.get(name):
             raise OptionError(
                 f"{title} must be {str(fitted[name])[:16]}, as in the fit, got {str(now.get(name))[:16]}. Pass the "
-                "metric and the weights of the fit.",
-                metric,
+                "metric and the weights of the fit."
             )
     declared, used = model.options.image_range, model.about.get("image_range")
     if None not in (declared, used) and tuple(declared) != tuple(used):  # type: ignore[arg-type]
         raise OptionError(
             f"image_range must be {tuple(used)}, as in the fit, got {tuple(declared)}. Wrap with that of the "  # type: ignore[arg-type]
-            "fit.",
-            declared,
+            "fit."
         )
 
 
@@ -173,8 +169,7 @@ def check_size(model: MeasuredModel, image: Tensor) -> None:
         expected, actual = ("x".join(map(str, shape)) for shape in (fitted, size))
         raise OptionError(
             f"images must have {expected} pixels, as in the fit, got {actual}. Pass inputs of that size, or fit "
-            "on such as these.",
-            image,
+            "on such as these."
         )
 
 
@@ -284,7 +279,7 @@ def calibrate(
     Calibration(blank, blank, **promise, about=about)
     if model.router.predictor is None:
         raise TrainingError(
-            "calibrating needs a predictor, but the model has none. Run retroexit.fit first, on other inputs.", model
+            "calibrating needs a predictor, but the model has none. Run retroexit.fit first, on other inputs."
         )
     metric.to(device_of(model.generator))
     check_measure(model, metric)

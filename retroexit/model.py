@@ -47,18 +47,15 @@ def check_generator(generator: Any) -> nn.Module:
     if isinstance(generator, type):
         raise GeneratorError(
             f"generator must be a module, got the class {generator.__name__}. Pass an instance with trained "
-            f"weights, {generator.__name__}(...).eval().",
-            generator,
+            f"weights, {generator.__name__}(...).eval()."
         )
     if not isinstance(generator, nn.Module):
         raise GeneratorError(
-            f"generator must be a torch.nn.Module, got a {type(generator).__name__}. Pass the trained generator.",
-            generator,
+            f"generator must be a torch.nn.Module, got a {type(generator).__name__}. Pass the trained generator."
         )
     if isinstance(generator, EarlyExitGenerator):
         raise GeneratorError(
-            "generator must be a plain generator, got one that has early exits already. Pass model.generator.",
-            generator,
+            "generator must be a plain generator, got one that has early exits already. Pass model.generator."
         )
     return unwrapped(generator)
 
@@ -67,7 +64,7 @@ def check_wrapped(model: Any) -> None:
     """Raise `GeneratorError` unless a model is what `wrap` returns."""
     if not isinstance(model, EarlyExitGenerator):
         raise GeneratorError(
-            f"model must be what retroexit.wrap returns, got a {type(model).__name__}. Wrap the generator first.", model
+            f"model must be what retroexit.wrap returns, got a {type(model).__name__}. Wrap the generator first."
         )
 
 
@@ -219,6 +216,10 @@ class EarlyExitGenerator(nn.Module):
         self._ensure_recorded(args, kwargs)
         return self.split.begin(args, kwargs)
 
+    def overhead(self) -> list[int]:
+        """MACs of predictor and retrieval in a routed call, per exit and for one sample; see `Router.overhead`."""
+        return self.router.overhead()
+
     # Recording.
 
     @property
@@ -236,8 +237,7 @@ class EarlyExitGenerator(nn.Module):
         if torch.compiler.is_compiling():
             raise NotRecordedError(
                 "the generator must be recorded before it is compiled or exported, got a model without exits for "
-                "this device and precision. Call the model once, or pass example_inputs to retroexit.wrap.",
-                self,
+                "this device and precision. Call the model once, or pass example_inputs to retroexit.wrap."
             )
         with self._lock, without_autocast(self.generator):
             if self._decomposition is None:
@@ -265,8 +265,7 @@ class EarlyExitGenerator(nn.Module):
         if self._decomposition is None:
             raise NotRecordedError(
                 "the generator has not been recorded yet, so there are no exits. Call the model once, or pass "
-                "example_inputs to retroexit.wrap.",
-                self,
+                "example_inputs to retroexit.wrap."
             )
         return self._decomposition
 
@@ -379,7 +378,7 @@ class EarlyExitGenerator(nn.Module):
             self.branches.load_state_dict(weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            raise CheckpointError(f"the saved branches do not fit this model: {reason}", self) from error
+            raise CheckpointError(f"the saved branches do not fit this model: {reason}") from error
         self._saved_weights = None
 
     # Copies.

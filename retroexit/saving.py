@@ -120,15 +120,25 @@ def write_model(
         "versions": versions(),
     }
     with locked(folder):
-        sha256 = {
-            _WEIGHTS: write_named_tensors(folder, _WEIGHTS, _weights(branches, router.predictor), {}),
-            _CALIBRATION: _write_calibration(router.calibration, folder),
-            BANK: None if bank is None else write_bank(bank, folder),
-        }
-        manifest |= {f"{stem}_sha256": digest for stem, digest in sha256.items()}
-        write_json(folder / _MANIFEST, manifest, allow_nan=False)
-        _delete_others(folder, [named(stem, digest) for stem, digest in sha256.items() if digest])
+        _replace(folder, manifest, _weights(branches, router.predictor), router.calibration, bank)
     return folder
+
+
+def _replace(
+    folder: Path,
+    manifest: dict[str, Any],
+    weights: dict[str, Tensor],
+    calibration: Calibration | None,
+    bank: GuidanceBank | None,
+) -> None:
+    sha256 = {
+        _WEIGHTS: write_named_tensors(folder, _WEIGHTS, weights, {}),
+        _CALIBRATION: _write_calibration(calibration, folder),
+        BANK: None if bank is None else write_bank(bank, folder),
+    }
+    manifest = {**manifest, **{f"{stem}_sha256": digest for stem, digest in sha256.items()}}
+    write_json(folder / _MANIFEST, manifest, allow_nan=False)
+    _delete_others(folder, [named(stem, digest) for stem, digest in sha256.items() if digest])
 
 
 def _delete_others(folder: Path, stems: Collection[str]) -> None:
@@ -294,6 +304,7 @@ def options_to_json(options: WrapOptions, decomposition: Decomposition) -> dict[
         "stages": {stage.path: stage.end for stage in decomposition.split.decoder.stages},
         "guidance": _guidance_to_json(options.guidance),
         "init": options.init,
+        "image_only": options.image_only,
         "image": options.image,
         "image_range": options.image_range,
         "self_test": options.self_test,

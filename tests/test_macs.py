@@ -74,4 +74,4 @@ def test_thop_agrees_on_plain_layers_and_the_text_explains_differences(toys, unt
     assert float(text.split(" of ours")[0].split()[-1]) < 0.2
     assert cross_check(module, 1, (), {"x": 1}) == "not counted: thop takes positional tensors only"
     monkeypatch.setitem(sys.modules, "thop", None)
-    assert "MissingExtraError: thop is not installed" in cross_check(module, macs, (X,))
+    assert "not counted: thop raised" in cross_check(module, macs, (X,))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from retroexit.branch.widths.plan import Pin
+from retroexit.split.segments import Tail
+
+if TYPE_CHECKING:
+    from retroexit.branch.least_squares import Reconstruction
 
 __all__ = ["Branch", "GuideEntry", "GuideShape", "Inject"]
 
@@ -117,6 +122,23 @@ class Branch(nn.Module):
         self.train(facts["training"])
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name not in facts["frozen"])
+
+    def start(
+        self, full: Tail, stages: Sequence[str], values: Sequence[Tensor], guide: Tensor | None, seed: int
+    ) -> Reconstruction | None:
+        """Improve the weights of a fresh branch in place by what the backbone returns, before it is trained.
+
+        Args:
+            full: The full-width tail.
+            stages: Paths of the tail's stages, in the order in which they run.
+            values: Feature and live values of some samples.
+            guide: Their guide, where the branch takes one.
+            seed: Seed of random choices.
+
+        Returns:
+            The result, or ``None`` if nothing was done.
+        """
+        return None
 
     @property
     def pins(self) -> tuple[Pin, ...]:

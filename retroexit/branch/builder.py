@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _NOTABLE = 0.9  # share of a branch's MACs below which outputs beside the image are worth a warning
 
+_MUCH_WIDER = 1.15  # excess over the rule, relative to the first tail's, beyond which a tail is analysed alone
+
 Init = Literal["inherit", "scratch"]
 
 
@@ -46,7 +48,7 @@ class BranchSpec:
         names: Names of the values that cross the cut, for messages.
         samples: Feature and live values of samples by which the inherited channels are chosen; without them,
             the norms of the weights decide.
-        widths: Gives the `TailWidths` of the tail, without or with its narrow dimensions.
+        widths: Gives the `TailWidths` of the tail; see `SharedAnalysis.of`.
         macs: Most multiply-accumulates of the branch on the example values, for kinds whose sizes are chosen by
             cost; ``None`` to follow ``rule``.
     """
@@ -60,7 +62,7 @@ class BranchSpec:
     image: tuple[Any, ...] = ()
     names: Mapping[fx.Node, str] = field(default_factory=dict)
     samples: Sequence[Tensor] = ()
-    widths: Callable[[bool], TailWidths] | None = None
+    widths: Callable[..., TailWidths] | None = None
     macs: float | None = None
 
 
@@ -144,7 +146,7 @@ class _BranchBuilder:
     @cached_property
     def stages(self) -> list[str]:
         """Stages in the tail that take a map, in order."""
-        modules = [node for node in self.cut.rest if node.op == "call_module"]
+        modules = [node for node in self.full.rest if node.op == "call_module"]
         inside = {str(node.target) for node in modules if not node.meta.get("takes_tokens")}
         return [path for path in self.spec.stages if path in inside]
 
@@ -175,7 +177,7 @@ class _BranchBuilder:
     def _narrow_values(self) -> list[Tensor]:
         return [v.clone() for v in self.values] if self.plan is None else self.plan.narrowed(self.values)
 
-    def with_built_stages(self) -> Branch:
+    def with_built_stages(self) -> CopyBranch:
         """Assemble with stages built by the adapter; keep the narrowed ones, with a pin, where those fail."""
         if not self.stages:
             return self.assemble({})
@@ -266,7 +268,7 @@ class _BranchBuilder:
             for path, reason in notes.items()
         ]
 
-    def assemble(self, stages: dict[str, nn.Module]) -> Branch:
+    def assemble(self, stages: dict[str, nn.Module]) -> CopyBranch:
         """Put narrowed tail, built stages and entries together, and run the branch once."""
         spec, feature = self.spec, self.values[0]
         with torch.random.fork_rng(devices=[]):
@@ -287,7 +289,7 @@ class _BranchBuilder:
                 for path, module in self.full.named_modules()
                 if isinstance(module, (nn.Linear, *CONVOLUTIONS)) and f"{path}.weight" in parameters
             }
-            branch.is_fresh = True
+        branch.is_fresh = self.is_new
         branch.to(device=feature.device, dtype=feature.dtype if feature.is_floating_point() else None)
         self._trial_run(branch)
         return branch.eval()
@@ -318,7 +320,7 @@ class _BranchBuilder:
         guide = self.spec.guide
         if guide is None or guide.inject != "every_stage":
             return {}
-        modules = {str(node.target): node for node in self.cut.rest if node.op == "call_module"}
+        modules = {str(node.target): node for node in self.full.rest if node.op == "call_module"}
         injections = {}
         for path in self.stages:
             if path == self.first or self.cut.feature in modules[path].all_input_nodes:
@@ -362,20 +364,32 @@ class SharedAnalysis:
 
     def __init__(self, split: SplitGenerator, values: Sequence[Tensor], spec: BranchSpec) -> None:
         self.split, self.values, self.spec = split, values, spec
-        self.widths: dict[bool, list[TailWidths]] = {}
+        self.widths: dict[bool, list[TailWidths | None]] = {}
 
-    def of(self, index: int, small: bool) -> TailWidths:
-        """Equations of the tail behind cut ``index`` (from 0)."""
+    def of(self, index: int, small: bool, alone: Callable[[bool], TailWidths]) -> TailWidths:
+        """Equations of the tail behind cut ``index`` (from 0); ``alone`` analyses it without the stages before.
+
+        So it is where these do not run on other sizes, or hold widths that this tail leaves free.
+        """
         if small not in self.widths:
-            split, names = self.split, self.spec.names
-            behind = [
-                Behind(split.tail(i, share=True), [names.get(node, node.name) for node in cut.live])
-                for i, cut in enumerate(split.cuts)
-            ]
-            chain = Chain(partial(split.pieces, tail=split.cuts[0]), split.output)
-            limit, image = self.spec.rule.min_channels, self.spec.image
-            self.widths[small] = analyse(behind, self.values, limit, image, chain, small=small)
-        return self.widths[small][index]
+            self.widths[small] = self._analyse(small)
+        first, widths, rule = self.widths[small][0], self.widths[small][index], self.spec.rule
+        if first is None or widths is None or widths.excess(rule) > _MUCH_WIDER * first.excess(rule):
+            widths = self.widths[small][index] = alone(small)
+        return widths
+
+    def _analyse(self, small: bool) -> list[TailWidths | None]:
+        split, names = self.split, self.spec.names
+        behind = [
+            Behind(split.tail(i, share=True), [names.get(node, node.name) for node in cut.live])
+            for i, cut in enumerate(split.cuts)
+        ]
+        chain = Chain(partial(split.pieces, tail=split.cuts[0]), split.output)
+        limit, image = self.spec.rule.min_channels, self.spec.image
+        try:
+            return [*analyse(behind, self.values, limit, image, chain, small=small)]
+        except BranchError:
+            return [None] * len(behind)
 
 
 class _Narrowing:
@@ -404,7 +418,8 @@ class _Narrowing:
     def _analyse(self) -> tuple[TailWidths, WidthPlan]:
         """Find the equations between a tail's widths, and choose widths."""
         spec = self.spec
-        run = spec.widths or partial(analyse_tail, self.tail, self.cut, self.values, spec)
+        alone = partial(analyse_tail, self.tail, self.cut, self.values, spec)
+        run = alone if spec.widths is None else partial(spec.widths, alone=alone)
         widths = run(False)
         plan = widths.plan(spec.rule)
         if all(pin.is_final for pin in plan.pins):
@@ -456,7 +471,7 @@ class _Narrowing:
             warn(
                 f"the output has tensors beside the image, which every exit returns at full size: {names}. They hold "
                 f"{len(pins)} widths in the branch after {self.spec.names.get(self.cut.feature, 'the cut')!r}, "
-                f"{1 - least / builder.macs:.0%} of its MACs. Wrap a module that returns the image alone to drop them.",
+                f"{1 - least / builder.macs:.0%} of its MACs. Pass image_only=True to drop them.",
                 2,
             )
 

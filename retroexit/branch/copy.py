@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.branch.branch import Branch, GuideEntry, distinct_widths
+from retroexit.branch.least_squares import Reconstruction, reconstruct
 from retroexit.branch.widths.plan import Pin, WidthPlan
 from retroexit.core.writes import differentiable_writes
 from retroexit.split.segments import Tail
@@ -56,6 +58,12 @@ class CopyBranch(Branch):
     def widths(self) -> list[int]:
         """Distinct output widths of the tail's weights, in the order of the layers."""
         return distinct_widths(self.tail)
+
+    def start(
+        self, full: Tail, stages: Sequence[str], values: Sequence[Tensor], guide: Tensor | None, seed: int
+    ) -> Reconstruction | None:
+        """Solve the layers that inherited channels by least squares; see `reconstruct`."""
+        return reconstruct(self, full, values, guide, seed=seed)
 
     def forward(self, feature: Tensor, *live: Tensor, guide: Tensor | None = None) -> Any:
         """Render a value with the structure of the generator's output; see `Branch.forward`."""

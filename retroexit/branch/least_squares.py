@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,11 @@ from torch.nn.utils import parametrize, skip_init
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from retroexit.branch.copy import CopyBranch
 from retroexit.core.modules import CONVOLUTIONS
 from retroexit.core.nested import tensors
+
+if TYPE_CHECKING:
+    from retroexit.branch.copy import CopyBranch
 
 __all__ = [
     "Reconstruction",

@@ -18,13 +18,16 @@ from torch.nn import functional
 
 from retroexit.branch.branch import Branch, GuideEntry
 from retroexit.branch.builder import BranchSpec
+from retroexit.branch.least_squares import Reconstruction
+from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
+from retroexit.branch.subpixel_start import solve_subpixel
 from retroexit.core.modules import MacCounter
 from retroexit.core.nested import flatten, rebuild
 from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
 from retroexit.stages.decoder import Cut
 
-__all__ = ["Level", "SubpixelBranch", "SubpixelPlan", "build_subpixel", "choose_sizes", "pixel_shuffle"]
+__all__ = ["Level", "SubpixelBranch", "SubpixelPlan", "build_subpixel", "choose_sizes"]
 
 _CONVOLUTION: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MOST_NUMBERS = 8192  # of a live vector; longer ones are averaged over their middle axes
@@ -57,6 +60,17 @@ class SubpixelPlan:
     last: tuple[int, ...]
     causal: bool = False
 
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """Pixels of the image per pixel of the feature, per axis."""
+        factors = zip(*(level.factors for level in self.levels), self.last, strict=True)
+        return tuple(math.prod(f) // fold for f, fold in zip(factors, self.fold, strict=True))
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether the feature's grid is made coarser first."""
+        return max(self.fold) > 1
+
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> SubpixelPlan:
         """Read what `dataclasses.asdict` made."""
@@ -71,7 +85,7 @@ def choose_sizes(
 
     The grids halve (divide by the smallest prime factor) from the image down to the feature: 1/2, 1/4, ... The
     finest has width w and two convolutions, the one before 1.5 w and three, coarser ones 2.25 w and at most 4 w
-    and one each; a single grid has five. w is 1, 2, 3 or a multiple of 4. Where the feature is as fine as the
+    and one each; a single grid has five. w is below 8 or a multiple of 4. Where the feature is as fine as the
     image, its grid is halved first.
 
     Args:
@@ -99,7 +113,7 @@ def choose_sizes(
         levels = tuple(map(Level, finer, widths, depths))
         return SubpixelPlan(fold, levels, last, causal)
 
-    candidates = [1, 2, 3, *range(4, _WIDEST + 1, 4)]
+    candidates = [*range(1, 8), *range(8, _WIDEST + 1, 4)]
     least = count(plan(1))
     if least > macs:
         raise BranchError(
@@ -124,32 +138,6 @@ def _prime_factors(number: int) -> list[int]:
     return factors
 
 
-def pixel_shuffle(x: Tensor, factors: Sequence[int]) -> Tensor:
-    """Rearrange ``(N, C * prod(factors), h, ...)`` to ``(N, C, h * factor, ...)``."""
-    axes = len(factors)
-    if math.prod(factors) == 1:
-        return x
-    if axes == 2 and factors[0] == factors[1]:
-        return functional.pixel_shuffle(x, factors[0])
-    sizes = [size * factor for size, factor in zip(x.shape[2:], factors, strict=True)]
-    x = x.unflatten(1, (-1, *factors))  # (N, C, *factors, h, ...)
-    x = x.permute(0, 1, *(axis for i in range(axes) for axis in (2 + axes + i, 2 + i)))
-    return x.reshape(x.shape[0], x.shape[1], *sizes)
-
-
-def pixel_unshuffle(x: Tensor, factors: Sequence[int]) -> Tensor:
-    """Rearrange ``(N, C, H, ...)`` to ``(N, C * prod(factors), H / factor, ...)``; sizes are rounded up."""
-    axes = len(factors)
-    if math.prod(factors) == 1:
-        return x
-    missing = [-size % factor for size, factor in zip(x.shape[2:], factors, strict=True)]
-    x = functional.pad(x, [p for count in reversed(missing) for p in (0, count)], mode="replicate")
-    for i, factor in enumerate(factors):
-        x = x.unflatten(2 + 2 * i, (-1, factor))  # (N, C, H / factor, factor, ...)
-    x = x.permute(0, 1, *(3 + 2 * i for i in range(axes)), *(2 + 2 * i for i in range(axes)))
-    return x.flatten(1, 1 + axes)
-
-
 class _Convolution(nn.Module):
     """A convolution of kernel 3 that keeps the size, and whose first axis looks only back if it is causal."""
 
@@ -157,12 +145,18 @@ class _Convolution(nn.Module):
         super().__init__()
         padding = (0,) * causal + (1,) * (axes - causal)
         self.conv = _CONVOLUTION[axes](channels, out_channels, 3, padding=padding)
+        nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
+        nn.init.zeros_(self.conv.bias)
         self.pad = (0, 0) * (axes - 1) + (2, 0) if causal else ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, C, ...)`` to ``(N, out_channels, ...)``."""
-        out: Tensor = self.conv(functional.pad(x, self.pad) if self.pad else x)
+        out: Tensor = self.conv(self.padded(x))
         return out
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Add the frames before the first one, if it is causal."""
+        return functional.pad(x, self.pad) if self.pad else x
 
 
 class _LiveMap(nn.Module):
@@ -219,12 +213,15 @@ class _Level(nn.Module):
 
     def forward(self, x: Tensor, live: Sequence[Tensor]) -> Tensor:
         """Map ``(N, C, ...)`` to ``(N, width, ...)`` on the finer grid."""
-        x = pixel_shuffle(self.refine(x), self.factors)
-        for position, entry in self.live.items():
-            x = entry(x, live[int(position)])
-        x = functional.relu(x)
+        x = functional.relu(self.add_live(pixel_shuffle(self.refine(x), self.factors), live))
         for layer in self.layers:
             x = functional.relu(layer(x))
+        return x
+
+    def add_live(self, x: Tensor, live: Sequence[Tensor]) -> Tensor:
+        """Add what live values say to ``x``."""
+        for position, entry in self.live.items():
+            x = entry(x, live[int(position)])
         return x
 
 
@@ -234,19 +231,23 @@ class ImageSlot:
 
 @dataclass(frozen=True)
 class _Output:
-    """What the generator returns: its structure, and how the image's size follows from the feature's.
+    """What the generator returns: its structure, and the image's size, in one recorded call.
 
-    Per axis, the image is ``ratio`` times the feature without ``crop`` at the end (in front, where the first axis
-    is causal time); where that is more than a whole feature pixel, it is resized by ``sizes`` instead.
+    Attributes:
+        path: Where the image is in the output.
+        template: The output with `ImageSlot` as its image and without other tensors.
+        channels: Channels of the image.
+        is_squeezed: Whether the image lacks the axis of channels.
+        dtype: Type of the image.
+        sizes: Size of the image and of the feature, per axis.
     """
 
+    path: tuple[Any, ...]
     template: Any
     channels: int
     is_squeezed: bool
     dtype: torch.dtype
-    ratios: tuple[int, ...]
-    crops: tuple[int, ...]
-    sizes: tuple[tuple[int, int], ...]  # of image and feature, as recorded
+    sizes: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, output: Any, path: tuple[Any, ...], feature: Tensor) -> _Output:
@@ -265,30 +266,41 @@ class _Output:
             )
         template = rebuild(output, lambda leaf: _slot(leaf, image))
         sizes = tuple(zip(image.shape[1 if is_squeezed else 2 :], feature.shape[2:], strict=True))
-        ratios = tuple(-(-large // small) for large, small in sizes)
-        crops = tuple(ratio * small - large for ratio, (large, small) in zip(ratios, sizes, strict=True))
-        channels = 1 if is_squeezed else int(image.shape[1])
-        return cls(template, channels, is_squeezed, image.dtype, ratios, crops, sizes)
+        return cls(path, template, 1 if is_squeezed else int(image.shape[1]), is_squeezed, image.dtype, sizes)
 
-    def place(self, image: Tensor, feature: Tensor, *, is_causal: bool, is_folded: bool) -> Any:
-        """Cut an image ``(N, C, ...)`` to its size, and put it where the generator has it."""
-        resized = False
-        size = list(image.shape[2:])
-        for axis, (ratio, crop) in enumerate(zip(self.ratios, self.crops, strict=True)):
-            length = feature.shape[2 + axis]
-            if 0 < crop < ratio:
-                begin = crop if is_causal and axis == 0 else 0
-                image = image.narrow(2 + axis, begin, ratio * length - crop)
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """The image's size divided by the feature's, rounded up."""
+        return tuple(-(-large // small) for large, small in self.sizes)
+
+    def image_of(self, output: Any) -> Tensor:
+        """Find the image ``(N, C, ...)`` in an output of the generator."""
+        image: Tensor = dict(flatten(output))[self.path]
+        return image.unsqueeze(1) if self.is_squeezed else image
+
+    def fitted(self, image: Tensor, feature: Tensor, plan: SubpixelPlan) -> Tensor:
+        """Give an image ``(N, C, ...)`` the size that the generator's image has for a feature.
+
+        Per axis, a size that is the feature's times a whole ratio is left alone; one that lacks less than the ratio
+        is cut at the end, in front for causal frames; any other is reached by interpolation.
+        """
+        size, is_resized = list(image.shape[2:]), False
+        for axis, (ratio, (large, small)) in enumerate(zip(plan.ratios, self.sizes, strict=True)):
+            crop, length = ratio * small - large, feature.shape[2 + axis]
+            if 0 <= crop < ratio:
+                if crop or plan.is_folded:  # a folded grid was rounded up
+                    begin = crop if plan.causal and axis == 0 else 0
+                    image = image.narrow(2 + axis, begin, ratio * length - crop)
                 size[axis] = ratio * length - crop
-            elif crop:
-                large, small = self.sizes[axis]
-                size[axis], resized = length * large // small, True
-            elif is_folded:  # its grid was rounded up
-                image = image.narrow(2 + axis, 0, ratio * length)
-                size[axis] = ratio * length
-        if resized:
+            else:
+                size[axis], is_resized = length * large // small, True
+        if is_resized:
             mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
             image = functional.interpolate(image, size=size, mode=mode)
+        return image
+
+    def place(self, image: Tensor) -> Any:
+        """Put an image ``(N, C, ...)`` where the generator has it."""
         image = image.squeeze(1) if self.is_squeezed else image
         image = image.to(self.dtype) if self.dtype != image.dtype and not torch.is_autocast_enabled() else image
         return rebuild(self.template, lambda leaf: image if leaf is ImageSlot else leaf)
@@ -315,7 +327,7 @@ class SubpixelBranch(Branch):
     def __init__(self, plan: SubpixelPlan, values: Sequence[Tensor], spec: BranchSpec, output: _Output) -> None:
         super().__init__(asdict(plan))
         feature, guide, axes = values[0], spec.guide, len(plan.last)
-        self.sizes, self.output = plan, output
+        self.sizes, self.output, self.init = plan, output, spec.init
         channels, size = int(feature.shape[1]), tuple(feature.shape[2:])
         self.entry: GuideEntry | None = None
         if guide is not None:
@@ -345,13 +357,28 @@ class SubpixelBranch(Branch):
 
         See `Branch.forward`.
         """
+        return self.output.place(self.image((feature, *live), guide))
+
+    def read(self, feature: Tensor, guide: Tensor | None) -> Tensor:
+        """What the first level reads."""
         x = feature if self.entry is None else self.entry(feature, guide)
-        x = pixel_unshuffle(x, self.sizes.fold)
+        return pixel_unshuffle(x, self.sizes.fold)
+
+    def image(self, values: Sequence[Tensor], guide: Tensor | None) -> Tensor:
+        """Render the image ``(N, C, ...)``."""
+        x = self.read(values[0], guide)
         for level in self.levels:
-            x = level(x, live)
+            x = level(x, values[1:])
         image = pixel_shuffle(self.last(x), self.sizes.last)
-        is_folded = max(self.sizes.fold) > 1
-        return self.output.place(image, feature, is_causal=self.sizes.causal, is_folded=is_folded)
+        return self.output.fitted(image, values[0], self.sizes)
+
+    def start(
+        self, full: Tail, stages: Sequence[str], values: Sequence[Tensor], guide: Tensor | None, seed: int
+    ) -> Reconstruction | None:
+        """Solve the layers in closed form, see `retroexit.branch.subpixel_start`; not with ``init="scratch"``."""
+        if self.init == "scratch":
+            return None
+        return solve_subpixel(self, full, stages, values, guide, seed=seed)
 
     @torch.no_grad()
     def start_at(self, colour: Tensor) -> None:
@@ -399,7 +426,7 @@ def build_subpixel(
         torch.manual_seed(spec.seed)
         returned = tail(*(value.clone() for value in values))
     output = _Output.of(returned, spec.image, feature)
-    image = dict(flatten(returned))[spec.image]
+    image = output.image_of(returned)
     meta = [value.to("meta") for value in values]
 
     def make(plan: SubpixelPlan) -> SubpixelBranch:
@@ -414,14 +441,14 @@ def build_subpixel(
 
     if plan is None:
         target = spec.macs if spec.macs is not None else _scaled_macs(tail, values, spec)
-        is_causal = _is_causal(tail, values, spec, image, output)
-        sizes = choose_sizes(target, output.ratios, count, causal=is_causal)
+        frames = _causal_frames(tail, values, spec, image, output)
+        ratios = output.ratios if frames is None else (frames, *output.ratios[1:])
+        sizes = choose_sizes(target, ratios, count, causal=frames is not None)
     else:
         sizes = SubpixelPlan.from_json(plan)
     branch = make(sizes)
     branch.to(device=feature.device, dtype=feature.dtype)
-    rows = image.detach().reshape(image.shape[0], output.channels, -1)
-    branch.start_at(rows.mean((0, 2)))
+    branch.start_at(image.flatten(2).mean((0, 2)))
     branch.macs, branch.is_fresh = _count(branch, values, spec), plan is None
     return branch.eval()
 
@@ -459,22 +486,28 @@ def _scaled_macs(tail: Tail, values: Sequence[Tensor], spec: BranchSpec) -> floa
 
 
 @torch.no_grad()
-def _is_causal(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, image: Tensor, output: _Output) -> bool:
-    """Change the last frame of everything, and see whether earlier frames of the image stay.
+def _causal_frames(
+    tail: Tail, values: Sequence[Tensor], spec: BranchSpec, image: Tensor, output: _Output
+) -> int | None:
+    """Change the last frame of everything, and see which frames of the image change.
 
     The first axis of one- and three-dimensional maps is taken as time.
+
+    Returns:
+        Frames of the image per frame of the feature, where no frame depends on later ones, else ``None``.
     """
-    axis, frames = image.dim() - len(output.sizes), values[0].shape[2]
-    earlier = output.ratios[0] * (frames - 1) - output.crops[0]
-    if len(output.sizes) == 2 or frames < 2 or earlier < 1:
-        return False
+    large, small = output.sizes[0]
+    if len(output.sizes) == 2 or small < 2:
+        return None
     changed = [value.clone() for value in values]
     for value in changed:
-        if value.dim() == values[0].dim() and value.shape[2] >= frames and value.is_floating_point():
-            last = value.shape[2] // frames
+        if value.dim() == values[0].dim() and value.shape[2] >= small and value.is_floating_point():
+            last = value.shape[2] // small
             value[:, :, -last:] = value[:, :, -last:] * 0.5 + 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        other = dict(flatten(tail(*changed)))[spec.image]
-    same = torch.allclose(other.narrow(axis, 0, earlier), image.narrow(axis, 0, earlier), rtol=1e-4, atol=1e-5)
-    return same and not torch.equal(other, image)
+        other = output.image_of(tail(*changed))
+    distance = (other - image).abs().movedim(2, 0).flatten(1).amax(1) > 1e-5 * image.abs().max()
+    frames = int(distance.flip(0).nonzero().max()) + 1 if bool(distance.any()) else 0
+    # As many frames for each, or one for the first.
+    return frames if frames and frames * small - large in (0, frames - 1) else None

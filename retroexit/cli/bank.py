@@ -26,17 +26,11 @@ bank = typer.Typer(
 )
 
 
-Thinning: Any = options.group_of(
-    retroexit.Guidance,
-    order="1: values follow the query.",
-    size="Largest number of pairs.",
-    thin="fps, kmeans, random or none.",
-    retriever="Search back-end.",
-)
+Thinning: Any = options.group_of(retroexit.Guidance, "order", "size", "thin", "retriever")
 Streaming: Any = options.group_of(
     stream_bank,
-    batch=options.Batch,
-    eps="Distance of every key at which fps stops.",
+    "batch",
+    "eps",
     max_candidates=Annotated[int, Option("--candidates", min=1, help="Keys held before thinning.")],
 )
 
@@ -68,7 +62,7 @@ def build(
     With --identities, OUT becomes a folder of banks, one for each name; existing ones are not built again.
     """
     if (out / MANIFEST).exists():
-        raise OptionError(f"{out} already holds a bank. Name a new folder.", out)
+        raise OptionError(f"{out} already holds a bank. Name a new folder.")
     generator, example = load_generator(target, factory_arguments)
     samples = load_made(inputs)
     args, kwargs = example_of(example, samples)

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -52,6 +53,8 @@ Exits: Any = options.group_of(
 )
 Losses: Any = options.group_of(
     LossOptions,
+    "equalise",
+    "discriminator_lr",
     losses=Annotated[
         list[str] | None,
         Option(
@@ -60,7 +63,6 @@ Losses: Any = options.group_of(
             f"{', '.join(PRESETS)}. By default l1=1 and quality=1, the metric.",
         ),
     ],
-    equalise="Scale the weights until all terms pull equally; by default for presets only.",
     instead=Annotated[
         list[str] | None, Option(help="Term that replaces another one: vgg=features-alex; repeat it for several.")
     ],
@@ -71,43 +73,17 @@ Losses: Any = options.group_of(
     discriminator="What every branch competes with a copy of: auto (the adapter's, untrained), none, a file with "
     "its trained weights, or package.module:factory.",
     adversarial="Adversarial loss: hinge or non-saturating; by default the adapter's or preset's.",
-    discriminator_lr="Learning rate of the discriminators.",
     gaze="Network of the term gaze: package.module:factory, or the module.",
 )
 Training: Any = options.group_of(
     FitSettings,
-    steps="Training steps per branch.",
-    batch="Samples per step, over all processes.",
-    crop="Train on windows of this many pixels.",
-    lr="Largest learning rate.",
+    *(field.name for field in fields(FitSettings) if field.name != "losses"),
     clip="Largest norm of a gradient; 0 does not clip.",
-    ema="Decay of the average of the weights that is saved; 0 saves the last ones.",
-    features="Weight of the layers' distance to the backbone's.",
-    held_out="Share of the samples that branches are not trained on.",
     predictor=f"Architecture of the predictor: {', '.join(KINDS)}.",
     predict_from=f"Its input: {', '.join(READS)}; by default the adapter's choice, else features.",
-    predictor_steps="Training steps of the predictor.",
-    calibrate="Share of the samples to set aside, to calibrate thresholds on.",
-    seed="Seed of everything random.",
-    bfloat16="Train under bfloat16 autocast.",
-    checkpoint_every="Steps between checkpoints.",
-    cache="Keep backbone features on disk.",
-    cache_batch="Samples per pass of the backbone.",
-    tensorboard="Write scalars and images to OUT/tensorboard.",
 )
-Measures: Any = options.group_of(
-    retroexit.fit,
-    metric="Quality metric by name.",
-    weights=options.Weights,
-    alpha=options.Alpha,
-    confidence=options.Confidence,
-    latency=options.Latency,
-)
-Devices: Any = options.group_of(
-    retroexit.fit,
-    devices="Devices of each machine; torchrun's by default, or one.",
-    nodes="Machines; torchrun's by default, or one.",
-)
+Measures: Any = options.group_of(retroexit.fit, "metric", "alpha", "confidence", "latency", weights=options.Weights)
+Devices: Any = options.group_of(retroexit.fit, "devices", "nodes")
 
 
 @options.grouped
@@ -165,12 +141,12 @@ def fit(
 
 def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:
     if retriever != "exact" and not exits.guidance:
-        raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.", retriever)
+        raise OptionError(f"--retriever {retriever} needs guidance. Add --guidance.")
     limits = None
     if exits.image_range is not None:
         limits = tuple(_parse_numbers("--image-range", exits.image_range, "0,1 or -1,1"))
         if len(limits) != 2 or not limits[0] < limits[1]:
-            raise OptionError(f"--image-range must be two ascending numbers, got {exits.image_range}", limits)
+            raise OptionError(f"--image-range must be two ascending numbers, got {exits.image_range}")
     return {
         **vars(exits),
         "attach_at": None if exits.attach_at is None else options.parse_places(exits.attach_at),
@@ -196,7 +172,7 @@ def _parse_numbers(option: str, text: str | None, form: str) -> list[float]:
     try:
         return [float(Fraction(part.strip())) for part in text.split(",")]
     except (ValueError, ZeroDivisionError) as error:
-        raise OptionError(f"{option} must be numbers, got {text}. Write {form}.", text) from error
+        raise OptionError(f"{option} must be numbers, got {text}. Write {form}.") from error
 
 
 def _loss_arguments(values: Any) -> dict[str, Any]:
@@ -219,7 +195,7 @@ def _loss_arguments(values: Any) -> dict[str, Any]:
     try:
         losses = {name: float(weight) for name, weight in pairs.items()}
     except ValueError as error:
-        raise OptionError(f"weights of --loss must be numbers, got {pairs}. Write {form}.", pairs) from error
+        raise OptionError(f"weights of --loss must be numbers, got {pairs}. Write {form}.") from error
     return {**arguments, "losses": losses} if losses else arguments
 
 

@@ -43,7 +43,7 @@ def inspect(
     if picture is not None:
         check_picture(picture)
     if facts is not None and not facts.parent.is_dir():
-        raise OptionError(f"no folder {str(facts.parent)!r} for --json {facts}. Make it first.", facts)
+        raise OptionError(f"no folder {str(facts.parent)!r} for --json {facts}. Make it first.")
     generator, inputs = load_generator(target, factory_arguments)
     if shape:
         inputs = random_inputs(shape, generator)

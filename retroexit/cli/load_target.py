@@ -29,7 +29,7 @@ def load_object(spec: str) -> Any:
     """Import ``package.module:name`` or ``path/to/file.py:name``."""
     where, _, name = spec.rpartition(":")
     if not where or not name:
-        raise OptionError(f"no ':' with a name after it in {spec!r}. Write package.module:factory.", spec)
+        raise OptionError(f"no ':' with a name after it in {spec!r}. Write package.module:factory.")
     try:
         if where.endswith(".py"):
             value: Any = _import_file(Path(where))
@@ -39,12 +39,12 @@ def load_object(spec: str) -> Any:
     except Exception as error:
         logger.info("importing %s", spec, exc_info=True)
         raise OptionError(
-            f"{spec!r} cannot be imported: {type(error).__name__}: {error}. {_import_advice(where, error)}", spec
+            f"{spec!r} cannot be imported: {type(error).__name__}: {error}. {_import_advice(where, error)}"
         ) from error
     for part in name.split("."):
         if not hasattr(value, part):
             near = closest(part, (public for public in dir(value) if not public.startswith("_")))
-            raise OptionError(f"no {part!r} in {where}; closest: {near or 'nothing'}.", spec)
+            raise OptionError(f"no {part!r} in {where}; closest: {near or 'nothing'}.")
         value = getattr(value, part)
     return value
 
@@ -96,7 +96,7 @@ def _parse_arguments(text: str) -> tuple[list[Any], dict[str, Any]]:
         return [ast.literal_eval(node) for node in call.args], keywords
     except (SyntaxError, ValueError) as error:
         raise OptionError(
-            f"--args must be Python literals as in a call, got {text!r}. {_ARGUMENTS}; quote texts.", text
+            f"--args must be Python literals as in a call, got {text!r}. {_ARGUMENTS}; quote texts."
         ) from error
 
 
@@ -106,7 +106,7 @@ def load_made(spec: str, arguments: str = "") -> Any:
     if isinstance(made, nn.Module) or not callable(made):
         if arguments:
             raise OptionError(
-                f"{spec!r} must be a factory to take --args, got a {type(made).__name__}. Leave --args out.", spec
+                f"{spec!r} must be a factory to take --args, got a {type(made).__name__}. Leave --args out."
             )
         return made
     args, kwargs = _parse_arguments(arguments)
@@ -116,8 +116,7 @@ def load_made(spec: str, arguments: str = "") -> Any:
     except TypeError as error:
         raise OptionError(
             f"{spec!r} takes {signature}, got ({arguments}): {error}. Pass arguments with --args, or write "
-            "a function without arguments.",
-            spec,
+            "a function without arguments."
         ) from error
     except ValueError:
         pass  # a builtin without a signature
@@ -126,7 +125,7 @@ def load_made(spec: str, arguments: str = "") -> Any:
     except Exception as error:
         logger.info("calling %s", spec, exc_info=True)
         raise OptionError(
-            f"{spec}({arguments}) raised {type(error).__name__}: {error}. Check the factory; {_VERBOSE}", spec
+            f"{spec}({arguments}) raised {type(error).__name__}: {error}. Check the factory; {_VERBOSE}"
         ) from error
 
 
@@ -142,8 +141,7 @@ def load_generator(spec: str, arguments: str = "") -> tuple[nn.Module, Inputs | 
     if not isinstance(generator, nn.Module) or not isinstance(keywords, dict | None):
         raise OptionError(
             f"{spec!r} must be or return a torch.nn.Module, (module, inputs) or (module, inputs, dict of "
-            f"keyword inputs), got {', '.join(type(part).__name__ for part in parts)}",
-            made,
+            f"keyword inputs), got {', '.join(type(part).__name__ for part in parts)}"
         )
     generator.eval()
     if isinstance(inputs, dict) and keywords is None:
@@ -158,7 +156,7 @@ def load_network(spec: str, option: str) -> nn.Module:
     network = load_made(spec)
     if not isinstance(network, nn.Module):
         raise OptionError(
-            f"{option} must be a torch.nn.Module or its factory, got a {type(network).__name__} from {spec}", network
+            f"{option} must be a torch.nn.Module or its factory, got a {type(network).__name__} from {spec}"
         )
     return network
 
@@ -188,8 +186,7 @@ def random_inputs(texts: Sequence[str], like: nn.Module) -> Inputs:
         except (AttributeError, ValueError, RuntimeError) as error:
             raise OptionError(
                 f"--shape {text} cannot be read: {error}. Write 1,32,16,32, or z=1,32 for a keyword input, "
-                "or 1,77:int for whole numbers.",
-                text,
+                "or 1,77:int for whole numbers."
             ) from error
         if is_named:
             kwargs[name.strip()] = tensor

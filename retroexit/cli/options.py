@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,12 +61,15 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def group_of(source: Callable[..., Any], **options: Any) -> Any:
+def group_of(source: Callable[..., Any], *names: str, **options: Any) -> Any:
     """Make a group of options from arguments of a function or fields of a dataclass, with their defaults.
 
-    ``options`` are the help of every option, or its annotation. What is no number and no flag is a text. Counts must be
-    at least 1, other numbers and those with the default 0 at least 0.
+    Those of ``names`` are explained by the docstring of ``source``; ``options`` are explanations, or annotations.
+    What is no number and no flag is a text. Counts are at least 1, others and those with the default 0 at least 0.
     """
+    entries = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)", inspect.getdoc(source) or "", re.MULTILINE)
+    explained = {name: " ".join(text.replace("`", "").split()) for name, text in entries}
+    options = {name: explained.get(name) for name in names} | options
     hints, simple, group = get_type_hints(source), (str, bool, int, float), []
     for name, option in options.items():
         default = getattr(inspect.signature(source).parameters.get(name), "default", None)
@@ -98,7 +102,7 @@ def parse_pairs(option: str, texts: Sequence[str] | None, form: str) -> dict[str
     for text in texts or []:
         name, _, value = text.partition("=")
         if not (name and value) or name in pairs:
-            raise OptionError(f"{option} must be name=value, once per name, got {text}. Write {form}.", text)
+            raise OptionError(f"{option} must be name=value, once per name, got {text}. Write {form}.")
         pairs[name] = value
     return pairs
 
@@ -127,7 +131,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     for key, value in values.items():
         name = key.replace("_", "-")
         if name not in options:
-            raise OptionError(f"no option {key!r} for {path}; closest: {closest(name, options)}.", key)
+            raise OptionError(f"no option {key!r} for {path}; closest: {closest(name, options)}.")
         # Click checks texts as it checks typed options.
         if isinstance(value, Mapping):
             value = [f"{part}={value[part]}" for part in value]

@@ -70,16 +70,12 @@ def example_call(inputs: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, A
     kind = type(inputs).__name__
     advice = conversion_advice((inputs, kwargs))
     if advice:
-        raise OptionError(f"example_inputs must be tensors.{advice}", inputs)
+        raise OptionError(f"example_inputs must be tensors.{advice}")
     if isinstance(inputs, dict):
-        raise OptionError(
-            "example_inputs must be a tuple of positional inputs, got a dict. Pass it as example_kwargs.", inputs
-        )
+        raise OptionError("example_inputs must be a tuple of positional inputs, got a dict. Pass it as example_kwargs.")
     if not isinstance(inputs, (tuple, list, type(None))):
         shape = f" of shape {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else ""
-        raise OptionError(
-            f"example_inputs must be a tuple of inputs, got one {kind}{shape}. Pass example_inputs=(x,).", inputs
-        )
+        raise OptionError(f"example_inputs must be a tuple of inputs, got one {kind}{shape}. Pass example_inputs=(x,).")
     return tuple(inputs or ()), dict(kwargs or {})
 
 
@@ -109,8 +105,7 @@ class Samples:
             advice = " Pass loader.dataset, whose items are samples." if is_loader else ""
             raise OptionError(
                 f"inputs must be a non-empty sequence of samples, got {type(items).__name__}. A sample is a "
-                f"tensor, a tuple of inputs, or a dict of keyword inputs, without the batch axis.{advice}",
-                items,
+                f"tensor, a tuple of inputs, or a dict of keyword inputs, without the batch axis.{advice}"
             )
         self.split(items[0])
 
@@ -129,8 +124,7 @@ class Samples:
             return tuple(item), {}
         raise OptionError(
             "a sample must be a tensor, a tuple of positional inputs, or a dict of keyword inputs, got "
-            f"{type(item).__name__}.{advice}",
-            item,
+            f"{type(item).__name__}.{advice}"
         )
 
     def gather(self, indices: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -139,10 +133,7 @@ class Samples:
         flat = [dict(flatten(sample)) for sample in samples]
         for index, parts in zip(indices, flat, strict=True):
             if parts.keys() != flat[0].keys():
-                raise OptionError(
-                    f"all samples must have the same structure, sample {index} differs from {indices[0]}",
-                    self.items[index],
-                )
+                raise OptionError(f"all samples must have the same structure, sample {index} differs from {indices[0]}")
         stacked = iter([_stack(path, [parts[path] for parts in flat]) for path in flat[0]])
         args, kwargs = rebuild(samples[0], lambda leaf: next(stacked))
         return args, kwargs
@@ -188,14 +179,13 @@ def _stack(path: tuple[Any, ...], leaves: list[Any]) -> Any:
         shapes = {tuple(leaf.shape) for leaf in leaves}
         if len(shapes) > 1:
             raise OptionError(
-                f"the samples of a batch must have one shape, got {sorted(shapes)}. Resize them to one size.", shapes
+                f"the samples of a batch must have one shape, got {sorted(shapes)}. Resize them to one size."
             )
         return torch.stack(leaves)
     if any(repr(leaf) != repr(first) for leaf in leaves):
         raise OptionError(
             f"values that are not tensors must be equal in all samples, got {path[-1]!r} = {first!r} in one "
-            "and another value in others. Pass it as a tensor, or leave it out.",
-            leaves,
+            "and another value in others. Pass it as a tensor, or leave it out."
         )
     return first
 
@@ -209,7 +199,7 @@ class ImageRange:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise OptionError(f"image_range must be finite with low < high, got ({self.low}, {self.high})", self)
+            raise OptionError(f"image_range must be finite with low < high, got ({self.low}, {self.high})")
 
     def to_signed(self, x: Tensor) -> Tensor:
         """Map images from this range to ``[-1, 1]``. Nothing is clamped."""
@@ -238,7 +228,7 @@ def measure_range(image: Tensor) -> ImageRange:
     values = image.detach().double().flatten()
     if values.numel() == 0 or not bool(torch.isfinite(values).all()):
         raise OutputError(
-            f"images must have finite values, got shape {tuple(image.shape)} with NaN, infinity or no values", image
+            f"images must have finite values, got shape {tuple(image.shape)} with NaN, infinity or no values"
         )
     rank = max(1, round(0.001 * values.numel()))
     bulk_low = float(values.kthvalue(rank).values)
@@ -254,6 +244,5 @@ def measure_range(image: Tensor) -> ImageRange:
         return ImageRange(0.0, 255.0)
     raise OutputError(
         f"an image with minimum {low:.4g} and maximum {high:.4g} fits none of the ranges [0, 1], [-1, 1] and "
-        "[0, 255]. Pass image_range=(low, high) to retroexit.wrap.",
-        image,
+        "[0, 255]. Pass image_range=(low, high) to retroexit.wrap."
     )

@@ -88,8 +88,7 @@ class SceneGenerator(nn.Module):
         if labels.shape[1:] != (len(CLASSES), *SCENE_SIZE) or z.shape != (labels.shape[0], len(STYLE)):
             raise InputMismatchError(
                 f"labels must be (N, {len(CLASSES)}, {SCENE_SIZE[0]}, {SCENE_SIZE[1]}) and z (N, {len(STYLE)}), got "
-                f"{tuple(labels.shape)} and {tuple(z.shape)}. Make both with scene_inputs().",
-                (tuple(labels.shape), tuple(z.shape)),
+                f"{tuple(labels.shape)} and {tuple(z.shape)}. Make both with scene_inputs()."
             )
         count = labels.shape[0]
         style = z[:, :, None, None].expand(-1, -1, *SCENE_SIZE)
@@ -119,8 +118,7 @@ def scene_inputs(count: int, seed: int = 0, first: int = 0) -> list[tuple[Tensor
     if min(count, seed, first) < 0 or start + count > len(TEST_SEEDS):
         raise OptionError(
             "count, seed and first must be >= 0 and 1000 * seed + first + count at most "
-            f"{len(TEST_SEEDS)}, got count={count}, seed={seed}, first={first}",
-            (count, seed, first),
+            f"{len(TEST_SEEDS)}, got count={count}, seed={seed}, first={first}"
         )
     inputs = []
     for scene in map(draw_scene, TEST_SEEDS[start : start + count]):

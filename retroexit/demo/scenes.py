@@ -232,7 +232,7 @@ def draw_scene(seed: int, size: tuple[int, int] = SCENE_SIZE) -> Scene:
 def place_scene(seed: int, size: tuple[int, int], canvas_class: type[LabelMap]) -> tuple[Any, Array, float]:
     """Draw a scene on a canvas of a class; returns the canvas, the style and the difficulty."""
     if seed < 0 or min(size) < 32:
-        raise OptionError(f"seed must be >= 0 and size >= 32 x 32, got {seed} and {size}", (seed, size))
+        raise OptionError(f"seed must be >= 0 and size >= 32 x 32, got {seed} and {size}")
     rng = np.random.default_rng(seed)
     difficulty = float(rng.random())
     z = rng.uniform(-1, 1, len(STYLE)).astype(np.float32)

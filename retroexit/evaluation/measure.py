@@ -15,7 +15,6 @@ from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of, unit_of
 from retroexit.core.nested import tensors
 from retroexit.core.samples import Samples, drawing_from
-from retroexit.errors import MissingExtraError
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.measuring import Measurement, check_measure, check_samples, limits_of
 from retroexit.metrics import QualityMetric
@@ -100,10 +99,7 @@ def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) 
 
 
 def _thop_macs(generator: nn.Module, args: Any) -> int:
-    try:
-        import thop
-    except ImportError as error:
-        raise MissingExtraError("thop is not installed. Run: pip install thop") from error
+    import thop
 
     class FirstTensor(nn.Module):  # thop cannot handle other outputs
         def __init__(self) -> None:

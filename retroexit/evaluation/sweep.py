@@ -78,7 +78,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         loss = np.asarray(self.loss, dtype=np.float64)
         if loss.ndim != 2 or 0 in loss.shape:
-            raise OptionError(f"loss must have shape (samples, branch exits), got {loss.shape}", loss)
+            raise OptionError(f"loss must have shape (samples, branch exits), got {loss.shape}")
         samples, exits = loss.shape
         shapes = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,), "ood": (samples,)}
         shapes |= dict.fromkeys(("macs", "overhead", "seconds"), (exits + 1,))
@@ -88,12 +88,12 @@ class Evaluation:
                 continue
             value = np.asarray(value, dtype=np.float64)
             if value.shape != shape:
-                raise OptionError(f"{name} must have shape {shape} like loss, got {value.shape}", value)
+                raise OptionError(f"{name} must have shape {shape} like loss, got {value.shape}")
             if count := int((~np.isfinite(value)).sum()):
-                raise OptionError(f"{name} must be finite, got NaN or infinity {count} times", value)
+                raise OptionError(f"{name} must be finite, got NaN or infinity {count} times")
             object.__setattr__(self, name, value)
         if self.macs[-1] <= 0:
-            raise OptionError(f"the backbone's MACs must be > 0, got {self.macs[-1]}", self.macs)
+            raise OptionError(f"the backbone's MACs must be > 0, got {self.macs[-1]}")
 
     def at_threshold(self, tau: float) -> OperatingPoint:
         """Take the cheapest exit whose *predicted* loss is at most ``tau``, else the backbone."""
@@ -107,7 +107,7 @@ class Evaluation:
         """Send every sample to exit ``k`` (from 1; ``K + 1`` is the backbone), without a predictor."""
         last = len(self.macs)
         if not 1 <= k <= last:
-            raise OptionError(f"no exit {k}; there are exits 1 to {last}, {last} is the backbone", k)
+            raise OptionError(f"no exit {k}; there are exits 1 to {last}, {last} is the backbone")
         return self._point(np.full(len(self.loss), k - 1), None)
 
     def promised(self, calibration: Calibration, tau: float) -> OperatingPoint:
@@ -129,7 +129,7 @@ class Evaluation:
     def at_mean(self, target: float) -> OperatingPoint:
         """Find the cheapest threshold with the largest *mean* loss that is at most ``target``, ``>= 0``."""
         if not 0 <= target < np.inf:
-            raise OptionError(f"target must be finite and >= 0, got {target}", target)
+            raise OptionError(f"target must be finite and >= 0, got {target}")
         predicted = self.need_predicted()
         # Passing predicted[s, k], a rising threshold moves sample s to the cheapest exit it has passed so far.
         order = np.argsort(predicted, axis=1, kind="stable")
@@ -159,7 +159,7 @@ class Evaluation:
         """
         taus = [float(point.threshold or 0) for point in points]
         if len(set(taus)) < 2:
-            raise OptionError(f"points need two different values of threshold, got {taus}", points)
+            raise OptionError(f"points need two different values of threshold, got {taus}")
         slope = float(np.polyfit(taus, [point.saved for point in points], 1)[0])
         # 100 for percent, times 0.01 of loss.
         return {"gmacs_per_threshold": slope * self.macs[-1] / 1e9, "percent_per_hundredth_threshold": slope}
@@ -207,7 +207,7 @@ class Evaluation:
     def _cheapest(self, loss: Array, tau: float) -> npt.NDArray[np.int64]:
         """Pick for each sample the cheapest exit with ``loss <= tau``, from 0; ``K`` where there is none."""
         if not np.isfinite(tau):
-            raise OptionError(f"threshold must be finite, got {tau}", tau)
+            raise OptionError(f"threshold must be finite, got {tau}")
         order = self._cost_order()
         good = loss[:, order] <= tau
         return np.where(good.any(axis=1), order[good.argmax(axis=1)], loss.shape[1])

@@ -57,14 +57,12 @@ class GuidanceBank:
         if not len(retriever) == len(values) == len(source) or not len(values):
             raise BankError(
                 f"a bank must have one value and one source per key, got {len(retriever)} keys, "
-                f"{len(values)} values, {len(source)} sources",
-                retriever,
+                f"{len(values)} values, {len(source)} sources"
             )
         if values.dtype != np.float16 or "patch" not in meta or values.ndim != 2 + len(meta["patch"]):
             raise BankError(
                 "values must be float16 (n, *patch, C) with as many dimensions as meta['patch'], got "
-                f"{values.dtype} {values.shape} and patch {meta.get('patch')}",
-                values,
+                f"{values.dtype} {values.shape} and patch {meta.get('patch')}"
             )
         self.retriever = retriever
         self.values = values
@@ -112,8 +110,7 @@ class GuidanceBank:
             if actual is not None and required is not None and actual != required:
                 raise BankError(
                     f"{words} must be {required!r}, got {actual!r}. Build a bank for this generator, or wrap "
-                    "it with the guidance of the bank.",
-                    self,
+                    "it with the guidance of the bank."
                 )
 
     def macs_per_search(self, queries: int) -> int:
@@ -143,7 +140,7 @@ class GuidanceBank:
         ids, distances = nearest.ids[:, 0], nearest.distances[:, 0]
         if exclude is not None:
             if exclude.shape != feature.shape[:1]:
-                raise BankError(f"exclude must be ({len(feature)},), got {tuple(exclude.shape)}", exclude)
+                raise BankError(f"exclude must be ({len(feature)},), got {tuple(exclude.shape)}")
             excluded = exclude.to("cpu", torch.int64).repeat_interleave(math.prod(cells.shape[1:-1]))
             self._avoid(queries, excluded, ids, distances)
         return SearchResult(ids.view(cells.shape[:-1]), distances.view(cells.shape[:-1]))
@@ -178,13 +175,12 @@ class GuidanceBank:
             span = f"from {rows.min()} to {rows.max()}" if rows.size else "without elements"
             raise BankError(
                 f"ids must have shape (N, *grid) with {len(self.patch)} grid dimensions and lie in "
-                f"0..{len(self) - 1}, got {tuple(rows.shape)} {span}",
-                ids,
+                f"0..{len(self) - 1}, got {tuple(rows.shape)} {span}"
             )
         if not self.order:
             return _glue_rows(table, rows, dtype)
         if feature is None:
-            raise BankError("a bank of order 1 needs the searched feature: pass feature=...", self)
+            raise BankError("a bank of order 1 needs the searched feature: pass feature=...")
         cells = cut(feature.detach().cpu().float(), self.patch)
         offsets = cells - torch.from_numpy(self.retriever.keys[rows])
         return glue(_follow(table, rows, offsets)).to(dtype)
@@ -213,7 +209,7 @@ class GuidanceBank:
             try:
                 write_manifest(fresh, facts, (f"{_KEYS}/{MANIFEST}", _SOURCE, _VALUES))
             except TypeError as error:
-                raise OptionError(f"meta of a bank must be plain data: {error}", self.meta) from error
+                raise OptionError(f"meta of a bank must be plain data: {error}") from error
 
     @staticmethod
     def retriever_name(folder: str | Path) -> str:
@@ -242,15 +238,13 @@ class GuidanceBank:
         if fingerprint is not None and built_for != fingerprint:
             raise BankError(
                 f"the bank in {folder} was built with backbone {built_for!r}, this backbone is "
-                f"{fingerprint!r}. Build a bank for it.",
-                folder,
+                f"{fingerprint!r}. Build a bank for it."
             )
         back_end: type[Retriever] | None = retriever_class or BACKENDS.get(name)
         if back_end is None:
             raise BankError(
                 f"the bank in {folder} uses the retriever {name!r}, which is not one of ours. Pass its class "
-                "as retriever_class.",
-                folder,
+                "as retriever_class."
             )
         check_file(folder, f"{_KEYS}/{MANIFEST}", manifest)
         values = read_array(folder, _VALUES, manifest, mmap=True)
@@ -268,11 +262,10 @@ def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
     size, patch = tuple(feature.shape[2:]), tuple(patch)
     if feature.ndim < 3 or len(patch) != len(size) or min(patch) < 1:
         raise OptionError(
-            f"patch must be one positive size per spatial dimension of a feature {tuple(feature.shape)}, got {patch}",
-            patch,
+            f"patch must be one positive size per spatial dimension of a feature {tuple(feature.shape)}, got {patch}"
         )
     if any(side % step for side, step in zip(size, patch, strict=True)):
-        raise OptionError(f"patches of {patch} do not divide a map of {size}. Choose divisors of it.", patch)
+        raise OptionError(f"patches of {patch} do not divide a map of {size}. Choose divisors of it.")
     if math.prod(patch) == 1:
         return feature.movedim(1, -1)
     grid = tuple(side // step for side, step in zip(size, patch, strict=True))
@@ -286,7 +279,7 @@ def cut(feature: Tensor, patch: tuple[int, ...] = (1, 1)) -> Tensor:
 def glue(values: Tensor) -> Tensor:
     """Glue patches ``(N, h, w, ph, pw, C)`` into a channels-last map ``(N, C, h * ph, w * pw)``."""
     if values.ndim < 4 or values.ndim % 2:
-        raise OptionError(f"patches must have shape (N, *grid, *patch, C), got {tuple(values.shape)}", values)
+        raise OptionError(f"patches must have shape (N, *grid, *patch, C), got {tuple(values.shape)}")
     map_, places = _places(values.shape, values.dtype, values.device)
     places.copy_(values)
     return map_

@@ -54,7 +54,7 @@ class Candidates:
         identity: dict[str, Any] | None = None,
     ) -> None:
         if most < 1:
-            raise OptionError(f"max_candidates must be >= 1, got {most}", most)
+            raise OptionError(f"max_candidates must be >= 1, got {most}")
         self.seen = self.held = 0  # keys that were added so far, and that are held
         self.shape: tuple[int, ...] = ()  # of the features that they were cut from
         self.grid: tuple[int, ...] = ()  # of the patches of each
@@ -150,7 +150,7 @@ class Candidates:
         changes = ", ".join(f"{name} was {saved.get(name)}, is {now.get(name)}" for name in names)
         if changes:
             what = f"the unfinished bank in {folder} belongs to another build: {changes}"
-            raise CheckpointError(f"{what}. Use another folder, or remove this one.", folder)
+            raise CheckpointError(f"{what}. Use another folder, or remove this one.")
         self.seen, self.held, self._thinned, self._reach, shape, grid = facts["state"]
         self.shape, self.grid = tuple(shape), tuple(grid)
         self._random.bit_generator.state = facts["random"]
@@ -225,11 +225,10 @@ def _collect(
         if candidates.shape and feature.shape[1:] != candidates.shape:
             raise BankError(
                 f"key features must have one shape, got {tuple(feature.shape[1:])} after {candidates.shape}. "
-                "Build the bank from inputs of one size.",
-                feature,
+                "Build the bank from inputs of one size."
             )
         if len(inputs) != len(feature):
-            raise BankError(f"{len(feature)} key features came with {len(inputs)} input indices", inputs)
+            raise BankError(f"{len(feature)} key features came with {len(inputs)} input indices")
         cells = cut(feature, patch)
         grid = tuple(cells.shape[1:-1])
         owner = np.repeat(np.asarray(inputs, np.int64), math.prod(grid))
@@ -242,7 +241,7 @@ def _collect(
             stored = time.monotonic()
             pause = max(_STORED, _SHARE * (stored - begin))
     if not candidates.seen:
-        raise BankError("a bank needs at least 1 feature, but the stream was empty", features)
+        raise BankError("a bank needs at least 1 feature, but the stream was empty")
     candidates.store()
 
 
@@ -266,8 +265,7 @@ def _compute_values(
         if not fits or any(side % count for side, count in zip(size, grid, strict=True)):
             raise BankError(
                 f"value features {tuple(feature.shape)} do not fit {len(batch)} inputs with {grid} keys "
-                "each: every side must be a multiple of the grid of keys. Change the stage or the patch.",
-                feature,
+                "each: every side must be a multiple of the grid of keys. Change the stage or the patch."
             )
         patch = tuple(side // count for side, count in zip(size, grid, strict=True))
         parts = _channels_last(cut(feature, patch), patch).unflatten(0, (len(batch), -1))
@@ -275,14 +273,12 @@ def _compute_values(
         if not np.isfinite(part).all():
             raise BankError(
                 "values must be finite in float16, but the value feature reaches "
-                f"{float(feature.abs().max()):.3g}. Tap another stage.",
-                feature,
+                f"{float(feature.abs().max()):.3g}. Tap another stage."
             )
         if not start:
             values = np.empty((len(source), *part.shape[1:]), np.float16)
         if part.shape[1:] != values.shape[1:]:
-            message = f"value features must have one shape, got {part.shape[1:]} after {values.shape[1:]}"
-            raise BankError(message, feature)
+            raise BankError(f"value features must have one shape, got {part.shape[1:]} after {values.shape[1:]}")
         values[rows] = part
     return values
 
@@ -303,14 +299,13 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
         patches: Number of key patches in all of them.
     """
     if bank.order:
-        raise BankError("the bank has slopes already. Pass a bank of plain values.", bank)
+        raise BankError("the bank has slopes already. Pass a bank of plain values.")
     n, width, place = len(bank), bank.retriever.width, bank.values.shape[1:]
     needed = 4 * n * (1 + width) * (width + math.prod(place))
     if needed > _LARGEST:
         raise OptionError(
             f"slopes must fit in {_LARGEST >> 30} GB, but {n} pairs of {width} numbers with values {place} "
-            f"take {needed / 2**30:.0f} GB. Use a smaller bank (size=...) or values (value_after='image').",
-            bank,
+            f"take {needed / 2**30:.0f} GB. Use a smaller bank (size=...) or values (value_after='image')."
         )
     sums = _Sums(n, width, math.prod(place))
     near = min(bank.retriever.distinct, max(1, math.ceil(_PER_NUMBER * width * n / patches)))
@@ -323,8 +318,7 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
         if parts.shape[1:-1] != grid or parts.shape[-1] != values.shape[1]:
             raise BankError(
                 f"value features {tuple(value.shape)} with key features {tuple(feature.shape)} do not fit "
-                f"the bank's values {place}",
-                value,
+                f"the bank's values {place}"
             )
         flat = _channels_last(parts, place[:-1]).flatten(1)
         rows = torch.from_numpy(as_matrix(cells.reshape(-1, width), "keys"))
@@ -339,7 +333,7 @@ def with_slopes(bank: GuidanceBank, maps: Iterable[tuple[Tensor, Tensor]], patch
     linear = torch.cat([(values + constant)[:, None], slopes], 1).transpose(1, 2)  # (n, ph * pw * C, 1 + D)
     packed = linear.reshape(n, *place[:-1], place[-1] * (1 + width)).to(torch.float16).numpy()
     if not np.isfinite(packed).all():
-        raise BankError("slopes must be finite in float16, but some are not", bank)
+        raise BankError("slopes must be finite in float16, but some are not")
     meta = {**bank.meta, "order": 1}
     return GuidanceBank(retriever=bank.retriever, values=packed, source=bank.source.numpy(), meta=meta)
 

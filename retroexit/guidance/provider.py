@@ -67,20 +67,18 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if self.inject not in (None, "input", "every_stage"):
-            raise OptionError(f"inject must be 'input' or 'every_stage', got {self.inject!r}", self.inject)
+            raise OptionError(f"inject must be 'input' or 'every_stage', got {self.inject!r}")
         if self.order not in (0, 1):
-            raise OptionError(f"order must be 0 or 1, got {self.order!r}", self.order)
+            raise OptionError(f"order must be 0 or 1, got {self.order!r}")
         if self.size < 1:
-            raise OptionError(f"size must be >= 1, got {self.size}", self.size)
+            raise OptionError(f"size must be >= 1, got {self.size}")
         if self.key not in (None, False) and not callable(self.key):
-            message = f"key must be a function of the generator's arguments to (N, D), got {self.key!r}"
-            raise OptionError(message, self.key)
+            raise OptionError(f"key must be a function of the generator's arguments to (N, D), got {self.key!r}")
         if self.key and self._names_patches:
             other = f"patch={self.patch}" if self.key_after is None else f"key_after={self.key_after!r}"
             raise OptionError(
                 f"key must not be combined with {other}: a key of a whole input is not cut from a feature. "
-                "Remove one of them.",
-                self,
+                "Remove one of them."
             )
 
     @property
@@ -169,7 +167,7 @@ def _keys_of(key: KeyFunction, args: Any, kwargs: Any, count: int, dims: int, wi
         keys = key(*args, **kwargs)
     except Exception as error:
         problem = f"raised {type(error).__name__}: {error}. It is called with the generator's own arguments."
-        raise BankError(f"the key function {key_name(key)!r} {problem}", key) from error
+        raise BankError(f"the key function {key_name(key)!r} {problem}") from error
     problem = ""
     if not isinstance(keys, Tensor) or not keys.is_floating_point():
         kind = keys.dtype if isinstance(keys, Tensor) else type(keys).__name__
@@ -177,7 +175,7 @@ def _keys_of(key: KeyFunction, args: Any, kwargs: Any, count: int, dims: int, wi
     elif keys.dim() != 2 or len(keys) != count or not keys.shape[1] or width not in (None, keys.shape[1]):
         problem = f"one row of numbers per input, {expected}, got {tuple(keys.shape)}"
     if problem:
-        raise BankError(f"the key function {key_name(key)!r} must return {problem}", key)
+        raise BankError(f"the key function {key_name(key)!r} must return {problem}")
     return keys.detach().reshape(*keys.shape, *(1,) * dims)  # (N, D) -> (N, D, 1, 1)
 
 
@@ -195,15 +193,14 @@ def find_key_cut(decoder: Decoder, guidance: Guidance | None, first: tuple[Stage
     if isinstance(place, str):
         stage = decoder.describe(place)
     elif not 1 <= place <= len(decoder.stages):
-        raise OptionError(f"key_after must be a stage from 1 to {len(decoder.stages)}, got {place}", place)
+        raise OptionError(f"key_after must be a stage from 1 to {len(decoder.stages)}, got {place}")
     else:
         stage = decoder.stages[place - 1]
     cut, (attached, earliest) = decoder.cut(stage), first
     if cut.position > earliest.position:
         raise OptionError(
             f"key_after must be at or before the first attach point {attached.path!r}, got {stage.path!r}: "
-            "the first route does not compute it",
-            place,
+            "the first route does not compute it"
         )
     return None if cut.feature is earliest.feature else cut
 
@@ -220,17 +217,14 @@ def find_taps(split: SplitGenerator, guidance: Guidance) -> Taps:
             key_feature = _keys_of(key, args, kwargs, len(key_feature), len(shape) - 2)
     key_node = (split.key_cut or split.cuts[0]).feature
     if split.key_cut is not None and split.any_batch and key_node not in split.batched:
-        raise BankError(
-            f"the output of key_after={guidance.key_after!r} is the same for all inputs. Name a later one.", guidance
-        )
+        raise BankError(f"the output of key_after={guidance.key_after!r} is the same for all inputs. Name a later one.")
     key_shape = tuple(key_feature.shape[1:])
     patch = guidance.patch if key is None else (1,) * (len(shape) - 2)
     for size, side, step in zip(shape[2:], key_shape[1:], patch, strict=True):
         if side % step or size % (side // step):
             raise BankError(
                 f"keys from a map {key_shape[1:]} and values from a map {tuple(shape[2:])} do not divide "
-                f"into the same patches of {patch}. Choose another patch, key_after or value_after.",
-                guidance,
+                f"into the same patches of {patch}. Choose another patch, key_after or value_after."
             )
     guide = GuideShape(int(shape[1]), tuple(shape[2:]), guidance.inject or "input")
     return Taps(value_cut, guidance.value_after == _IMAGE, key_node, key, key_shape, patch, guide)
@@ -245,7 +239,7 @@ def _find_value_cut(decoder: Decoder, guidance: Guidance) -> Cut:
     count = len(decoder.stages)
     index = (count + 1) // 2 if place is None else place
     if not 1 <= index < count:
-        raise OptionError(f"value_after must be 'image' or a stage before stage {count}, got {index}", index)
+        raise OptionError(f"value_after must be 'image' or a stage before stage {count}, got {index}")
     return decoder.cut(decoder.stages[index - 1])
 
 
@@ -293,8 +287,7 @@ class GuideProvider:
         if self.taps is None:
             raise BankError(
                 "a bank needs branches that take a guide, but the generator was wrapped without guidance. Pass "
-                "guidance=... to retroexit.wrap.",
-                bank,
+                "guidance=... to retroexit.wrap."
             )
         assert self._generator is not None
         # Hashing all weights takes a while; it is only done where there is a fingerprint to compare with.
@@ -333,6 +326,6 @@ class GuideProvider:
     def _required_bank(self) -> GuidanceBank:
         if self._bank is None:
             raise BankError(
-                "this branch needs a guide, but there is no guidance bank. Run retroexit.fit, or set model.bank.", self
+                "this branch needs a guide, but there is no guidance bank. Run retroexit.fit, or set model.bank."
             )
         return self._bank

@@ -34,7 +34,7 @@ def thin(keys: Tensor | np.ndarray, size: int, how: Thinning = "fps", *, eps: fl
     if how == "fps":
         return torch.from_numpy(farthest_points(keys, size, eps=eps, seed=seed)[0])
     if how not in ("kmeans", "random", "none"):
-        raise OptionError(f"thin must be 'fps', 'kmeans', 'random' or 'none', got {how!r}", how)
+        raise OptionError(f"thin must be 'fps', 'kmeans', 'random' or 'none', got {how!r}")
     matrix, distinct = _distinct(keys, size)
     if how == "random":
         order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
@@ -73,7 +73,7 @@ def farthest_points(
             nearest chosen one.
     """
     if not eps >= 0:
-        raise OptionError(f"eps must be >= 0, got {eps}", eps)
+        raise OptionError(f"eps must be >= 0, got {eps}")
     matrix, distinct = _distinct(keys, size)
     points = torch.from_numpy(matrix)
     once = np.zeros((len(matrix), 1), bool)
@@ -146,10 +146,10 @@ def _greedy(gap: Tensor, points: Tensor, most: int, least: float) -> list[int]:
 
 def _distinct(keys: Tensor | np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     if size < 1:
-        raise OptionError(f"size must be >= 1, got {size}", size)
+        raise OptionError(f"size must be >= 1, got {size}")
     matrix = as_matrix(keys, "keys")
     if not len(matrix):
-        raise BankError(f"thinning needs at least 1 key, got shape {matrix.shape}", keys)
+        raise BankError(f"thinning needs at least 1 key, got shape {matrix.shape}")
     return matrix, first_of_each(matrix)
 
 

@@ -64,7 +64,7 @@ class QualityMetric(nn.Module, ABC):
         elif not a.device == b.device == device:
             problem = f"must be on the metric's device {device}, got {a.device} and {b.device}"
         if problem:
-            raise OptionError(f"the images for {self.name} {problem}", a)
+            raise OptionError(f"the images for {self.name} {problem}")
         if a.shape[1] == 1:
             a, b = a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)
         return self.compare(a, b)

@@ -27,13 +27,12 @@ class LPIPS(QualityMetric):
     Raises:
         OptionError: If ``net`` is unknown.
         WeightsError: If the weights are missing, damaged, or another network's.
-        MissingExtraError: If the ``lpips`` package is not installed.
     """
 
     def __init__(self, net: str = "alex", weights: str | Path | None = None) -> None:
         super().__init__()
         if net not in _SMALLEST_SIDE:
-            raise OptionError(f"no LPIPS network {net!r}; closest: {closest(net, _SMALLEST_SIDE)}", net)
+            raise OptionError(f"no LPIPS network {net!r}; closest: {closest(net, _SMALLEST_SIDE)}")
         self.net = net
         self.name = f"lpips-{net}"
         self._network = empty_lpips(net)
@@ -52,8 +51,7 @@ class LPIPS(QualityMetric):
         if min(height, width) < smallest:
             raise OptionError(
                 f"the images for {self.name} must have at least {smallest}x{smallest} pixels, got "
-                f"{height}x{width}. Use larger images or crops, or metric='ms-ssim'.",
-                a,
+                f"{height}x{width}. Use larger images or crops, or metric='ms-ssim'."
             )
         # The order of the network's layers fixes the rounding of the sum.
         dtype = next(self.parameters()).dtype

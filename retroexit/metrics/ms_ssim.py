@@ -66,8 +66,7 @@ def _scale_weights(size: tuple[int, int]) -> tuple[float, ...]:
     if side < _WINDOW:
         raise OptionError(
             f"the images for ms-ssim must have at least {_WINDOW}x{_WINDOW} pixels, got {size[0]}x{size[1]}. Use "
-            "larger images or crops, or a metric of your own.",
-            size,
+            "larger images or crops, or a metric of your own."
         )
     scales = min(len(_SCALE_WEIGHTS), int(math.log2(side // _WINDOW)) + 1)
     if scales == len(_SCALE_WEIGHTS):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.core.files import check_finite, read_torch, sha256_of
-from retroexit.errors import MissingExtraError, WeightsError
+from retroexit.errors import WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,8 @@ def empty_lpips(net: str) -> Any:
     # torchvision warns about the arguments that lpips passes to it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            import lpips
-        except ImportError as error:
-            raise MissingExtraError("LPIPS needs the lpips package: pip install lpips") from error
+        import lpips
+
         with torch.device("meta"):
             return lpips.LPIPS(pretrained=False, pnet_rand=True, net=net, verbose=False)
 
@@ -64,8 +62,7 @@ def _fill(module: nn.Module, keys: Mapping[str, str], content: Mapping[str, Any]
             shape = tuple(value.shape) if isinstance(value, Tensor) else "nothing"
             raise WeightsError(
                 f"{path} does not hold the weights of {owner}: {key} must have shape "
-                f"{tuple(expected[name].shape)}, got {shape}. Pass the file of the right network.",
-                path,
+                f"{tuple(expected[name].shape)}, got {shape}. Pass the file of the right network."
             )
         picked[name] = value.float()
     check_finite(picked, path, WeightsError)
@@ -75,10 +72,10 @@ def _fill(module: nn.Module, keys: Mapping[str, str], content: Mapping[str, Any]
 def _read(path: Path) -> dict[str, Any]:
     """Read a weight file without running any code in it."""
     if not path.is_file():
-        raise WeightsError(f"no weight file at {path}. Leave it out to use torch hub's cache.", path)
+        raise WeightsError(f"no weight file at {path}. Leave it out to use torch hub's cache.")
     content = read_torch(path, "Copy it again, or leave it out to use torch hub's cache.", WeightsError)
     if not isinstance(content, dict):
-        raise WeightsError(f"{path} must hold a state dict, got {type(content).__name__}", path)
+        raise WeightsError(f"{path} must hold a state dict, got {type(content).__name__}")
     return content
 
 
@@ -108,14 +105,12 @@ def hub_file(net: str, owner: str | None = None) -> Path:
             raise WeightsError(
                 f"{owner or f'LPIPS {net!r}'} needs {path.name}, which is not in {path.parent} and could not "
                 f"be downloaded from {address} ({error}). Put the file, whose sha256 starts with {prefix}, "
-                "there, or pass weights=<file>.",
-                path,
+                "there, or pass weights=<file>."
             ) from error
     sha256 = sha256_of(path)
     if not sha256.startswith(prefix):
         raise WeightsError(
             f"{path} is damaged: its sha256 must start with {prefix}, got {sha256[: len(prefix)]}. Delete it "
-            f"and download {address} again.",
-            path,
+            f"and download {address} again."
         )
     return path

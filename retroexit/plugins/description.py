@@ -60,7 +60,7 @@ class Description:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not is_valid(value):
-                    raise OptionError(f"{name} of {self.name or 'it'} must be {expected}, got {value!r}", self)
+                    raise OptionError(f"{name} of {self.name or 'it'} must be {expected}, got {value!r}")
         if self.stages is not None:
             object.__setattr__(self, "stages", tuple(self.stages))
 

@@ -8,19 +8,17 @@ retroexit needs ``hookimpl(optionalhook=True)``. Names of the library cannot be 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import pluggy
 from torch import nn
 
+from retroexit.branch.branch import Branch
+from retroexit.branch.widths.plan import WidthFunction
+from retroexit.metrics import QualityMetric
 from retroexit.plugins.description import Description
 from retroexit.plugins.training_types import RESERVED_LOSSES
-
-if TYPE_CHECKING:
-    from retroexit.branch.branch import Branch
-    from retroexit.branch.widths.plan import WidthFunction
-    from retroexit.metrics import QualityMetric
-    from retroexit.retrieval import Retriever
+from retroexit.retrieval import Retriever
 
 GROUP: Final = "retroexit"
 """The entry-point group, and the project's name in pluggy."""

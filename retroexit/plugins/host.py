@@ -12,21 +12,19 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import pluggy
 from torch import nn
 
+from retroexit.branch.branch import Branch
+from retroexit.branch.widths.plan import WidthFunction
 from retroexit.core.files import __version__
 from retroexit.errors import OptionError, PluginError, RetroExitError, cause_of, closest, warn
 from retroexit.metrics import QualityMetric
 from retroexit.plugins import hookspecs
 from retroexit.plugins.description import Description
 from retroexit.retrieval import Retriever
-
-if TYPE_CHECKING:
-    from retroexit.branch.branch import Branch
-    from retroexit.branch.widths.plan import WidthFunction
 
 _BUILTIN: Final = "builtin"
 """The plug-in of the library, whose names others cannot take. Imported by name: it lies above the host."""
@@ -89,18 +87,15 @@ class Host:
 
     def retriever(self, name: str) -> type[Retriever]:
         """Look up a nearest-neighbour back-end; raises `PluginError` if not exactly one plug-in offers it."""
-        retriever: type[Retriever] = self._find("retroexit_retrievers", name)[0]
-        return retriever
+        return self._find("retroexit_retrievers", name)[0]
 
     def width_rule(self, name: str) -> WidthFunction:
         """Look up a width rule; raises `PluginError` if not exactly one plug-in offers it."""
-        rule: WidthFunction = self._find("retroexit_width_rules", name)[0]
-        return rule
+        return self._find("retroexit_width_rules", name)[0]
 
     def branch_kind(self, name: str) -> Callable[..., Branch]:
         """Look up the builder of a kind of branch; raises `PluginError` if not exactly one plug-in offers it."""
-        build: Callable[..., Branch] = self._find("retroexit_branch_kinds", name)[0]
-        return build
+        return self._find("retroexit_branch_kinds", name)[0]
 
     def metric(self, metric: QualityMetric | str, weights: str | Path | None = None) -> QualityMetric:
         """Make a quality metric from its name; a metric object is returned unchanged.
@@ -117,14 +112,14 @@ class Host:
         made, what = self._make("retroexit_metrics", name, weights)
         if not isinstance(made, QualityMetric) or made.name != name:  # a fitted model stores the name
             expected = f"a retroexit.metrics.QualityMetric with name {name!r}"
-            raise PluginError(f"{what} must be {expected}, got {brief(made)}", made)
+            raise PluginError(f"{what} must be {expected}, got {brief(made)}")
         return made
 
     def loss(self, name: str, weights: str | Path | None = None) -> Any:
         """Make a term of the training loss from its name; arguments and errors as for `metric`."""
         term, what = self._make("retroexit_losses", name, weights)
         if not callable(term) and not callable(getattr(term, "of_batch", None)):
-            raise PluginError(f"{what} must be callable, got {brief(term)}", term)
+            raise PluginError(f"{what} must be callable, got {brief(term)}")
         return term
 
     def names(self, noun: str) -> tuple[str, ...]:
@@ -173,8 +168,7 @@ class Host:
             if recognised is None and plugin is not None:
                 raise OptionError(
                     f"adapter must be a plug-in that recognises a {kind}, got {plugin!r}. Leave adapter out to "
-                    "call all plug-ins, or pass a retroexit.Description.",
-                    adapter,
+                    "call all plug-ins, or pass a retroexit.Description."
                 )
             description = Description(name=kind) if recognised is None else recognised[1]
         if description.build_stage is None:
@@ -187,9 +181,9 @@ class Host:
         if plugin is not None and plugin not in self._plugins:
             for info in self._rejected:
                 if info.name == plugin:
-                    raise PluginError(f"{info} is not in use: {info.error}", plugin)
+                    raise PluginError(f"{info} is not in use: {info.error}")
             names = ", ".join(map(repr, sorted(self._plugins)))
-            raise PluginError(f"no plug-in {plugin!r}; installed: {names}. See 'retroexit plugins'.", plugin)
+            raise PluginError(f"no plug-in {plugin!r}; installed: {names}. See 'retroexit plugins'.")
         return self._first("retroexit_describe", Description, plugin, generator=generator)
 
     def build_stage(self, stage: nn.Module, in_channels: int, out_channels: int) -> nn.Module | None:
@@ -260,9 +254,9 @@ class Host:
         if name in offers:
             return offers[name]
         if (hook, name) in self._conflicts:
-            raise PluginError(self._conflicts[hook, name], name)
+            raise PluginError(self._conflicts[hook, name])
         near = closest(name, sorted(offers)) or f"none, because no plug-in offers a {noun}"
-        raise PluginError(f"no {noun} {name!r}; closest: {near}. List all with 'retroexit plugins'.", name)
+        raise PluginError(f"no {noun} {name!r}; closest: {near}. List all with 'retroexit plugins'.")
 
     def _make(self, hook: str, name: str, weights: str | Path | None) -> tuple[Any, str]:
         """Call the factory of a metric or a loss; also returns how to refer to the result."""
@@ -274,8 +268,8 @@ class Host:
             raise
         except Exception as error:
             if weights is not None and isinstance(error, TypeError):
-                raise OptionError(f"{what} takes no weights. Leave it out.", weights) from error
-            raise PluginError(f"{what} raised {cause_of(error)}", factory) from error
+                raise OptionError(f"{what} takes no weights. Leave it out.") from error
+            raise PluginError(f"{what} raised {cause_of(error)}") from error
 
     def _load(self) -> None:
         """Register the library's own plug-in and those of installed distributions, once."""
@@ -301,21 +295,21 @@ class Host:
         """Check and register a plug-in; one that fails is removed completely."""
         if info.name in self._plugins:
             taken = self._plugins[info.name]
-            raise PluginError(f"the name {info.name!r} is taken by {taken}; choose another", info)
+            raise PluginError(f"the name {info.name!r} is taken by {taken}; choose another")
         if inspect.isclass(plugin):
-            raise PluginError(f"{plugin.__name__} is a class; announce a module or an instance", plugin)
+            raise PluginError(f"{plugin.__name__} is a class; announce a module or an instance")
         try:
             self._pluggy.register(plugin, info.name)
             self._pluggy.check_pending()
             hooks = {caller.name for caller in self._pluggy.get_hookcallers(plugin) or [] if caller.spec}
             if not hooks:
-                raise PluginError(f"{brief(plugin)} implements no hook; mark functions with hookimpl", plugin)
+                raise PluginError(f"{brief(plugin)} implements no hook; mark functions with hookimpl")
             unmarked = [hook for hook in hookspecs.HOOKS if hook not in hooks and hasattr(plugin, hook)]
             if unmarked:
-                raise PluginError(f"{unmarked[0]!r} is not marked with hookimpl", plugin)
+                raise PluginError(f"{unmarked[0]!r} is not marked with hookimpl")
         except (pluggy.PluginValidationError, PluginError, ValueError) as error:
             self._pluggy.unregister(name=info.name)
-            raise PluginError(" ".join(str(error).split()), plugin) from error
+            raise PluginError(" ".join(str(error).split())) from error
         info.hooks = tuple(sorted(hooks))
         self._plugins[info.name] = info
 

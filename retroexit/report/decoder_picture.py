@@ -39,13 +39,13 @@ def check_picture(file: str | Path) -> Path:
     """Raise an error if the picture's format, its folder, or matplotlib does not exist."""
     path = Path(file)
     if path.suffix.lower() not in _FORMATS:
-        raise OptionError(f"the picture must end in one of {', '.join(_FORMATS)}, got {str(file)!r}", file)
+        raise OptionError(f"the picture must end in one of {', '.join(_FORMATS)}, got {str(file)!r}")
     if not path.parent.is_dir():
-        raise OptionError(f"no folder {str(path.parent)!r} for picture {path.name!r}. Make it first.", file)
+        raise OptionError(f"no folder {str(path.parent)!r} for picture {path.name!r}. Make it first.")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError("pictures need matplotlib: pip install 'retroexit[report]'", file) from error
+        raise MissingExtraError("pictures need matplotlib: pip install 'retroexit[report]'") from error
     return path
 
 

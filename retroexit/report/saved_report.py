@@ -81,8 +81,7 @@ def find_report(folder: str | Path) -> Path:
             return place
     raise CheckpointError(
         f"no {EVALUATION} in {folder} or {folder / 'report'}. Run 'retroexit evaluate' first, or pass the "
-        "folder that it wrote.",
-        folder,
+        "folder that it wrote."
     )
 
 

@@ -75,8 +75,7 @@ def _pixels(image: Tensor) -> npt.NDArray[np.uint8]:
     """Turn ``(C, H, W)`` in [0, 1] into ``(H, W, 3)`` bytes."""
     image = image.detach().float().cpu()
     image = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
-    pixels: npt.NDArray[np.uint8] = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return pixels
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def _picture(sample: Any, size: Sequence[int]) -> Tensor:

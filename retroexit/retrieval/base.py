@@ -98,12 +98,11 @@ class Retriever(ABC):
 
     def __init__(self, *, threads: int = 1, **options: Any) -> None:
         if threads < 1:
-            raise OptionError(f"threads must be >= 1, got {threads}", threads)
+            raise OptionError(f"threads must be >= 1, got {threads}")
         try:
             json.dumps(options)
         except (TypeError, ValueError) as error:
-            message = f"options of {type(self).__name__} must be plain data: {error}"
-            raise OptionError(message, options) from error
+            raise OptionError(f"options of {type(self).__name__} must be plain data: {error}") from error
         self._threads = threads
         self.options: dict[str, Any] = options
         self._keys = np.empty((0, 0), np.float32)
@@ -194,19 +193,17 @@ class Retriever(ABC):
                 of range, or the back-end returns ids that do not exist.
         """
         if not len(self):
-            raise RetrieverError(f"the index {self.name!r} is empty. Call build(keys) first.", self)
+            raise RetrieverError(f"the index {self.name!r} is empty. Call build(keys) first.")
         with _safe_settings():
             matrix = as_matrix(queries, "queries")
             if matrix.shape[1] != self.width:
                 raise RetrieverError(
                     f"queries must have {self.width} numbers like the keys, got {matrix.shape[1]}. Cut them "
-                    "from the same feature with the same patch size.",
-                    queries,
+                    "from the same feature with the same patch size."
                 )
             k = operator.index(k)
             if not 1 <= k <= self.distinct:
-                message = f"k must be from 1 to {self.distinct}, the number of distinct keys, got {k}"
-                raise RetrieverError(message, k)
+                raise RetrieverError(f"k must be from 1 to {self.distinct}, the number of distinct keys, got {k}")
             if not len(matrix):
                 return SearchResult(torch.empty((0, k), dtype=torch.int64), torch.empty((0, k)))
             ids, distances = self._nearest(matrix, k)
@@ -220,7 +217,7 @@ class Retriever(ABC):
             CheckpointError: If the folder holds anything but a saved retriever, which is replaced.
         """
         if not len(self):
-            raise RetrieverError(f"the index {self.name!r} is empty. Call build(keys) before save.", self)
+            raise RetrieverError(f"the index {self.name!r} is empty. Call build(keys) before save.")
         with staged(folder, owns=(MANIFEST, _KEYS_FILE, _INDEX_FILE)) as fresh:
             write_array(fresh / _KEYS_FILE, self._keys)
             self._dump(fresh / _INDEX_FILE)
@@ -255,7 +252,7 @@ class Retriever(ABC):
 
     def _hold(self, keys: np.ndarray) -> None:
         if not len(keys):
-            raise RetrieverError(f"an index needs at least 1 key, got shape {keys.shape}", keys)
+            raise RetrieverError(f"an index needs at least 1 key, got shape {keys.shape}")
         self._keys, self._first = keys, first_of_each(keys)
         self._mean = keys.mean(axis=0, dtype=np.float64).astype(np.float32)
 
@@ -311,7 +308,7 @@ class Retriever(ABC):
                 "keys. The index is damaged: build it again."
             )
         if problem:
-            raise RetrieverError(f"the back-end {self.name!r} {problem}", ids)
+            raise RetrieverError(f"the back-end {self.name!r} {problem}")
         return ids.astype(np.int64, copy=False)
 
     def _ranked(self, queries: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -403,7 +400,7 @@ def scan(
 def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np.ndarray:
     """Convert ``(n, D)`` of any dtype, device and layout to a finite, contiguous float32 matrix."""
     if rows.is_complex() if isinstance(rows, Tensor) else np.asarray(rows).dtype.kind not in "fiub":
-        raise RetrieverError(f"{what} must be real numbers, got {rows.dtype}", rows)
+        raise RetrieverError(f"{what} must be real numbers, got {rows.dtype}")
     matrix: np.ndarray
     if isinstance(rows, Tensor):
         dense = rows.detach().to_dense().to("cpu", torch.float32, copy=copy).contiguous()
@@ -413,7 +410,7 @@ def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np
             matrix = np.require(rows, np.float32, ["C", "W"])  # torch warns about arrays that are read-only
         matrix = matrix.copy() if copy and np.shares_memory(matrix, rows) else matrix
     if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise RetrieverError(f"{what} must have shape (n, D) with D >= 1, got {matrix.shape}", rows)
+        raise RetrieverError(f"{what} must have shape (n, D) with D >= 1, got {matrix.shape}")
     flat = matrix.reshape(-1)
     if not np.einsum("i,i->", flat, flat) <= _LARGEST:  # written so that it is true for NaN
         wrong = np.flatnonzero(~(np.einsum("nd,nd->n", matrix, matrix) <= _LARGEST))
@@ -422,7 +419,6 @@ def as_matrix(rows: Tensor | np.ndarray, what: str, *, copy: bool = False) -> np
             worst = row[np.argmax(np.abs(row))]  # argmax returns the first NaN, if there is one
             raise RetrieverError(
                 f"{what} must be finite and small enough for float32 distances, got {worst} in row "
-                f"{wrong[0]} ({len(wrong)} of {len(matrix)} rows are wrong). Check the feature behind them.",
-                rows,
+                f"{wrong[0]} ({len(wrong)} of {len(matrix)} rows are wrong). Check the feature behind them."
             )
     return matrix

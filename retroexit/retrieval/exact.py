@@ -51,9 +51,9 @@ class ExactRetriever(Retriever):
         try:
             self._device = torch.device(device)
         except RuntimeError as error:
-            raise OptionError(f"no device {device!r}: {error}", device) from error
+            raise OptionError(f"no device {device!r}: {error}") from error
         if precision not in ("auto", "float32", "bfloat16"):
-            raise OptionError(f"precision must be auto, float32 or bfloat16, got {precision!r}", precision)
+            raise OptionError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
         self._rounded: RoundedKeys | None = None
         self._rows: Tensor
         self._norms: Tensor
@@ -72,7 +72,7 @@ class ExactRetriever(Retriever):
             self._rounded, self._rows, self._norms = rounded, rows, squared_norms(rows)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
             raise OptionError(
-                f"cannot hold {len(keys)} x {keys.shape[1]} keys on {str(self._device)!r}: {error}", self._device
+                f"cannot hold {len(keys)} x {keys.shape[1]} keys on {str(self._device)!r}: {error}"
             ) from error
 
     def _round(self, rows: Tensor) -> RoundedKeys | None:

@@ -82,7 +82,7 @@ class FaissRetriever(Retriever):
         super().__init__(threads=threads, index=index, **options)
         for option, value in options.items():
             if value is not None and value < 1:
-                raise OptionError(f"{option} must be >= 1, got {value}", value)
+                raise OptionError(f"{option} must be >= 1, got {value}")
         self._native: Any = None
         self._more = 1  # candidates per neighbour that the base class ranks
 
@@ -93,8 +93,7 @@ class FaissRetriever(Retriever):
         except RuntimeError as error:
             raise OptionError(
                 f"no FAISS index {self.options['index']!r} for keys of {keys.shape[1]} numbers: "
-                f"{_reason(error)}. See the factory strings in FAISS's documentation.",
-                self.options["index"],
+                f"{_reason(error)}. See the factory strings in FAISS's documentation."
             ) from error
         _prepare(native)
         self._tune(native)
@@ -104,7 +103,7 @@ class FaissRetriever(Retriever):
                 native.add(keys)
             except RuntimeError as error:
                 raise RetrieverError(
-                    f"FAISS cannot build {self.options['index']!r} over {len(keys)} keys: {_reason(error)}", keys
+                    f"FAISS cannot build {self.options['index']!r} over {len(keys)} keys: {_reason(error)}"
                 ) from error
         self._native = native
 
@@ -143,8 +142,7 @@ class FaissRetriever(Retriever):
             except RuntimeError as error:
                 if value is not None:
                     raise OptionError(
-                        f"the FAISS index {self.options['index']!r} has no option {option}, got {value}. Leave it out.",
-                        value,
+                        f"the FAISS index {self.options['index']!r} has no option {option}, got {value}. Leave it out."
                     ) from error
 
 

@@ -31,7 +31,7 @@ class HnswlibRetriever(Retriever):
         super().__init__(threads=threads, M=M, ef_construction=ef_construction, ef=ef)
         for option, value, least in (("M", M, 2), ("ef_construction", ef_construction, 1), ("ef", ef, 1)):
             if value < least:
-                raise OptionError(f"{option} must be >= {least}, got {value}", value)
+                raise OptionError(f"{option} must be >= {least}, got {value}")
         self._native: Any = None
 
     def _build(self, keys: np.ndarray) -> None:

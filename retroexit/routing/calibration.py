@@ -36,13 +36,13 @@ def check_promise(alpha: float, confidence: float) -> None:
     """Raise `OptionError` unless both numbers are between 0 and 1."""
     for name, value in (("alpha", alpha), ("confidence", confidence)):
         if not is_number(value) or not 0 < value < 1:
-            raise OptionError(f"{name} must be a number between 0 and 1, got {value!r}.", value)
+            raise OptionError(f"{name} must be a number between 0 and 1, got {value!r}.")
 
 
 def check_groups(groups: Sequence[Any] | None, samples: int) -> None:
     """Raise `OptionError` unless there is one label per sample, or none at all."""
     if groups is not None and len(groups) != samples:
-        raise OptionError(f"groups must have one label for each of {samples} samples, got {len(groups)}.", groups)
+        raise OptionError(f"groups must have one label for each of {samples} samples, got {len(groups)}.")
 
 
 def most_violations(samples: int, alpha: float, confidence: float) -> int:
@@ -127,9 +127,9 @@ class Calibration:
         self._check_options()
         if self.losses.dim() != 2 or self.losses.shape != self.predicted.shape or not self.losses.numel():
             shapes = f"{tuple(self.losses.shape)} and {tuple(self.predicted.shape)}"
-            raise OptionError(f"losses and predicted must have the shape (samples, exits), got {shapes}.", self.losses)
+            raise OptionError(f"losses and predicted must have the shape (samples, exits), got {shapes}.")
         if not bool(torch.isfinite(self.losses).all()) or bool(self.predicted.isnan().any()):
-            raise OptionError("losses must be finite and predictions no NaN.", self.losses)
+            raise OptionError("losses must be finite and predictions no NaN.")
         check_groups(self.groups, len(self))
         self.losses, self.predicted = self.losses.detach().cpu(), self.predicted.detach().cpu()
         inside = torch.isfinite(self.predicted).all(1).numpy()
@@ -159,14 +159,14 @@ class Calibration:
         check_promise(self.alpha, self.confidence)
         if self.rule not in RULES:
             names = ", ".join(map(repr, RULES))
-            raise OptionError(f"rule must be one of {names}, got {self.rule!r}.", self.rule)
+            raise OptionError(f"rule must be one of {names}, got {self.rule!r}.")
         if self.rule == "worst-group" and self.groups is None:
-            raise OptionError("rule='worst-group' needs groups. Pass groups=, one label per sample.", self.rule)
+            raise OptionError("rule='worst-group' needs groups. Pass groups=, one label per sample.")
         thresholds: Any = self.thresholds  # anything that a user may pass
         if thresholds is None or (isinstance(thresholds, str) and thresholds == "all"):
             return
         if isinstance(thresholds, str) or not len(thresholds):
-            raise OptionError(f"thresholds must be None, numbers or 'all', got {thresholds!r}.", thresholds)
+            raise OptionError(f"thresholds must be None, numbers or 'all', got {thresholds!r}.")
         self.thresholds = tuple(sorted({check_number("threshold", t) for t in thresholds}))
 
     def _level(self) -> tuple[float, float]:
@@ -187,18 +187,16 @@ class Calibration:
                 advice = "Calibrate on inputs like those of the fit, or fit on inputs like these."
             elif self.about.get("duplicates"):
                 kind, reason = " that differ", f", since {self.about['duplicates']} repeat others."
-            raise OptionError(f"{promise} {needed} samples{kind}, got {count}{reason} {advice}", self.losses)
+            raise OptionError(f"{promise} {needed} samples{kind}, got {count}{reason} {advice}")
         if self.rule == "worst-group" and len(self._names) < 2:
             raise OptionError(
                 f"rule='worst-group' needs at least 2 groups of samples like those of the fitting set, got "
-                f"{len(self._names)}. Pass samples of another group.",
-                self.groups,
+                f"{len(self._names)}. Pass samples of another group."
             )
         if self.rule != "worst-group" and self.groups is not None and len(self._names) < needed:
             raise OptionError(
                 f"{promise} {needed} groups, got {len(self._names)}. Pass samples of "
-                f"{needed - len(self._names)} more groups, a larger alpha, or rule='worst-group', which is no promise.",
-                self.groups,
+                f"{needed - len(self._names)} more groups, a larger alpha, or rule='worst-group', which is no promise."
             )
 
     # The search for limits.

@@ -19,11 +19,9 @@ class Latency:
     """Times of routed calls whose whole batch leaves at one exit, predictor and retrieval included."""
 
     milliseconds: tuple[float, ...]  # 95th percentile of the runs, of every exit, the backbone last
-    median: tuple[float, ...]
     batch: int  # samples per call
     device: str  # type and name
     threads: int  # threads of PyTorch
-    runs: int  # timed calls per exit
 
     def last_within(self, deadline_ms: float, batch: int, device: torch.device) -> int:
         """Number of the last exit whose 95th percentile is within a deadline, for a call of ``batch`` samples.
@@ -36,27 +34,24 @@ class Latency:
             raise OptionError(
                 f"deadline_ms needs times of {batch} samples on {threads} threads of {here[2]}, got times of "
                 f"{self.batch} samples on {self.threads} threads of {self.device}. Call model.measure_latency "
-                "here with such a batch.",
-                deadline_ms,
+                "here with such a batch."
             )
         fast = [k for k, taken in enumerate(self.milliseconds, 1) if taken <= deadline_ms]
         if not fast:
             raise OptionError(
                 f"deadline_ms must be >= {min(self.milliseconds):.1f}, the time of the fastest exit on "
-                f"{self.device}, got {deadline_ms:g}. Allow more, or wrap with a cheaper exit.",
-                deadline_ms,
+                f"{self.device}, got {deadline_ms:g}. Allow more, or wrap with a cheaper exit."
             )
         return max(fast)
 
     def to_json(self) -> dict[str, Any]:
         """Write as plain JSON types."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {**asdict(self), "milliseconds": list(self.milliseconds)}
 
     @classmethod
     def from_json(cls, saved: dict[str, Any]) -> Latency:
         """Read what `to_json` wrote."""
-        times = {name: tuple(map(float, saved[name])) for name in ("milliseconds", "median")}
-        return cls(**{**saved, **times})
+        return cls(**{**saved, "milliseconds": tuple(map(float, saved["milliseconds"]))})
 
 
 @torch.no_grad()
@@ -80,14 +75,8 @@ def time_turns(call: Callable[[int], Any], exits: int, device: torch.device, run
 def time_exits(call: Callable[[int], Any], exits: int, batch: int, device: torch.device, runs: int) -> Latency:
     """Do `time_turns` for calls with ``batch`` samples."""
     rows = time_turns(call, exits, device, runs)
-    return Latency(
-        milliseconds=tuple(row[math.ceil(0.95 * len(row)) - 1] for row in rows),
-        median=tuple(row[(len(row) - 1) // 2] for row in rows),
-        batch=batch,
-        device=_name(device),
-        threads=torch.get_num_threads(),
-        runs=runs,
-    )
+    milliseconds = tuple(row[math.ceil(0.95 * len(row)) - 1] for row in rows)
+    return Latency(milliseconds, batch, _name(device), torch.get_num_threads())
 
 
 def _wait(device: torch.device) -> None:

@@ -76,13 +76,12 @@ class RoutingRequest:
         if self.exit is not None and goals:
             names = " and ".join(f"{name}={value}" for name, value in goals.items())
             raise OptionError(
-                f"exit must not be combined with another option, got exit={self.exit} and {names}. Pass one.", self.exit
+                f"exit must not be combined with another option, got exit={self.exit} and {names}. Pass one."
             )
         if self.threshold is not None and self.budget is not None:
             raise OptionError(
                 f"threshold and budget exclude each other, got threshold={self.threshold} and "
-                f"budget={self.budget}. Pass one.",
-                self.budget,
+                f"budget={self.budget}. Pass one."
             )
 
     @property
@@ -122,12 +121,11 @@ def check_number(name: str, value: float) -> float:
     is_zero_allowed = name == "threshold"
     if not is_number(value) or not 0 <= value < float("inf") or (value == 0 and not is_zero_allowed):
         bound = ">= 0" if is_zero_allowed else "> 0"
-        raise OptionError(f"{name} must be a finite number {bound}, got {value!r}.", value)
+        raise OptionError(f"{name} must be a finite number {bound}, got {value!r}.")
     if name == "budget" and value >= _PERCENT:
         raise OptionError(
             f"budget must be a share of the backbone's compute, such as 0.5, got {value!r}. Pass {value / 100:g} "
-            f"for {value:g} %.",
-            value,
+            f"for {value:g} %."
         )
     return float(value)
 
@@ -139,14 +137,13 @@ def _check_numbers(name: str, values: Any) -> float | Tensor:
             array = np.array(values)
             values = torch.from_numpy(array) if array.ndim else array.item()
         except (TypeError, ValueError) as error:  # of rows that differ in length, or of other things than numbers
-            raise OptionError(f"{name} must be one number or one per sample (N,), got {values}.", values) from error
+            raise OptionError(f"{name} must be one number or one per sample (N,), got {values}.") from error
     if not isinstance(values, Tensor):
         return check_number(name, values)
     if values.dim() > 1 or values.is_complex() or values.dtype == torch.bool:
         raise OptionError(
             f"{name} must be one number or one per sample (N,), got shape {tuple(values.shape)} and type "
-            f"{values.dtype}.",
-            values,
+            f"{values.dtype}."
         )
     for value in values.reshape(-1).tolist():
         check_number(name, float(value))
@@ -169,7 +166,7 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
     if not isinstance(threshold, Tensor):
         check_number("threshold", threshold)
     if predicted.dim() != 2:
-        raise OptionError(f"predicted must have the shape (samples, exits), got {tuple(predicted.shape)}.", predicted)
+        raise OptionError(f"predicted must have the shape (samples, exits), got {tuple(predicted.shape)}.")
     good = predicted <= threshold
     fallback = torch.ones_like(good[:, :1])
     return torch.cat([good, fallback], 1).int().argmax(1).long() + 1
@@ -212,8 +209,7 @@ def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> flo
     if spent(high) > budget * (1 + 1e-6):  # shares are float32
         raise OptionError(
             f"budget must be >= {spent(high):.3f}, the share of the cheapest exit with predictor and retrieval, "
-            f"got {budget:g}. Allow more, or wrap with a cheaper exit.",
-            budget,
+            f"got {budget:g}. Allow more, or wrap with a cheaper exit."
         )
     if spent(low) <= budget:
         return low
@@ -266,8 +262,7 @@ class VideoRouter:
     def __init__(self, routed: Callable[..., tuple[Any, Tensor]], hysteresis: float = 0.1) -> None:
         if not is_number(hysteresis) or not 0 <= hysteresis < 1:
             raise OptionError(
-                f"hysteresis must be in [0, 1), got {hysteresis!r}. It is a share of the threshold, such as 0.1.",
-                hysteresis,
+                f"hysteresis must be in [0, 1), got {hysteresis!r}. It is a share of the threshold, such as 0.1."
             )
         self._routed, self.hysteresis = routed, hysteresis
         self.reset()
@@ -299,8 +294,6 @@ class VideoRouter:
         assert limits is not None
         if self.exits is not None and len(self.exits) != len(predicted):
             raise OptionError(
-                f"the number of streams must stay {len(self.exits)}, got {len(predicted)}. Call reset() between "
-                "videos.",
-                predicted,
+                f"the number of streams must stay {len(self.exits)}, got {len(predicted)}. Call reset() between videos."
             )
         return assign_with_hysteresis(predicted, limits, self.exits, self.hysteresis)

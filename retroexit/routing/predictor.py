@@ -26,9 +26,9 @@ KINDS, READS = ("conv", "pooled", "linear"), ("features", "inputs", "features+di
 def check_kind(kind: str, reads: str | None) -> None:
     """Raise `OptionError` if the kind of a predictor or what it reads is unknown."""
     if kind not in KINDS:
-        raise OptionError(f"predictor must be one of {', '.join(KINDS)}, got {kind!r}.", kind)
+        raise OptionError(f"predictor must be one of {', '.join(KINDS)}, got {kind!r}.")
     if reads is not None and reads not in READS:
-        raise OptionError(f"predict_from must be one of {', '.join(READS)}, got {reads!r}.", reads)
+        raise OptionError(f"predict_from must be one of {', '.join(READS)}, got {reads!r}.")
 
 
 class Predictor(nn.Module):

@@ -118,8 +118,7 @@ class Router(nn.Module):
         if self.predictor is None:
             raise TrainingError(
                 "choosing exits needs a predictor, but the model has none. Run retroexit.fit first, or choose "
-                "with exit=k.",
-                self,
+                "with exit=k."
             )
         inputs, retrieved, reads = [begun.feature], None, self.reads
         if self.needs_adapter:
@@ -145,7 +144,7 @@ class Router(nn.Module):
     def check_exit(self, exit: int) -> int:
         """Raise `OptionError` unless there is an exit of this number; returns it."""
         if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= self.exits:
-            raise OptionError(f"exit must be an integer from 1 to {self.exits}, the backbone, got {exit!r}.", exit)
+            raise OptionError(f"exit must be an integer from 1 to {self.exits}, the backbone, got {exit!r}.")
         return exit
 
     def _guarded(self, prediction: LossPrediction) -> Tensor:
@@ -160,8 +159,7 @@ class Router(nn.Module):
             if exits.shape != losses.shape[:1] or not bool(((exits >= 1) & (exits <= self.exits)).all()):
                 raise OptionError(
                     f"a policy must give one exit from 1 to {self.exits} for each of {len(losses)} samples, got "
-                    f"{exits.tolist()}.",
-                    exits,
+                    f"{exits.tolist()}."
                 )
             return exits
         if request.threshold is not None:
@@ -182,8 +180,7 @@ class Router(nn.Module):
         """Lagrange multipliers at which inputs like the calibration set spend a budget on average."""
         if self.calibration is None:
             raise TrainingError(
-                f"budget={budget} needs a calibration, but the model has none. Call model.calibrate(inputs) first.",
-                self,
+                f"budget={budget} needs a calibration, but the model has none. Call model.calibrate(inputs) first."
             )
         _check_count(budget, "budget", losses)
         shares, budgets = self.shares(), torch.as_tensor(budget, dtype=torch.float64)
@@ -208,8 +205,7 @@ class Router(nn.Module):
         if self.latency is None:
             raise TrainingError(
                 f"deadline_ms={deadline_ms:g} needs measured times, but the model has none. Call "
-                "model.measure_latency(*inputs) on this machine first.",
-                self,
+                "model.measure_latency(*inputs) on this machine first."
             )
         return self.latency.last_within(deadline_ms, len(exits), exits.device)
 
@@ -394,8 +390,7 @@ def input_map(args: Any, kwargs: Any, dims: int) -> Tensor:
     if not maps and not vectors:
         raise OptionError(
             "predict_from='inputs' needs a map (N, C, ...) or a vector (N, D) among the inputs, got neither. "
-            "Use predict_from='features'.",
-            (args, kwargs),
+            "Use predict_from='features'."
         )
     size = max((t.shape[2:] for t in maps), key=lambda s: s.numel(), default=torch.Size((1,) * dims))
     parts = [t if t.shape[2:] == size else functional.interpolate(t, tuple(size)) for t in maps]
@@ -405,6 +400,4 @@ def input_map(args: Any, kwargs: Any, dims: int) -> Tensor:
 
 def _check_count(values: float | Tensor, name: str, losses: Tensor) -> None:
     if isinstance(values, Tensor) and values.dim() and len(values) != len(losses):
-        raise OptionError(
-            f"{name} must be one number or one per sample, got {len(values)} for {len(losses)} samples.", values
-        )
+        raise OptionError(f"{name} must be one number or one per sample, got {len(values)} for {len(losses)} samples.")

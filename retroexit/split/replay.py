@@ -12,13 +12,14 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from retroexit.core.modules import clone_module
-from retroexit.core.nested import Packed, clone_strided, cloned, hidden_tensors, pack
+from retroexit.core.nested import Packed, clone_strided, cloned, flatten, hidden_tensors, pack, rebuild
 from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.rerun import (
     Answer,
@@ -169,9 +170,18 @@ class ReplayTail(Tail):
     of it stay the generator's. With ``share``, weights are the generator's, for reading only.
     """
 
-    def __init__(self, generator: nn.Module, cut: ReplayCut, stages: Sequence[str], *, share: bool = False) -> None:
+    def __init__(
+        self,
+        generator: nn.Module,
+        cut: ReplayCut,
+        stages: Sequence[str],
+        given: Callable[[Any], Any],
+        *,
+        share: bool = False,
+    ) -> None:
         nn.Module.__init__(self)
         self._cut: ReplayCut = cut
+        self.__dict__["_given"], self.__dict__["rest"] = given, list(cut.rest)
         opened, inside = opened_by(generator, cut.place.enclosing, cut.called)
         modules = dict(generator.named_modules())
         copied = [path for path in inside if cut.behind is None or path in cut.behind]
@@ -219,7 +229,7 @@ class ReplayTail(Tail):
                 "its modules' outputs may control it.",
                 self._cut.place.path,
             )
-        return out
+        return self.__dict__["_given"](out)
 
     def explore(self, values: Sequence[Tensor]) -> tuple[tuple[tuple[Answer, ...], ...], set[str]]:
         """Follow the ways behind the cut that other values read open; return these values, and paths that ran."""
@@ -263,7 +273,9 @@ class ReplayTail(Tail):
         memo[id(self)] = duplicate
         root = copy.deepcopy(self.__dict__["_root"], memo)
         for key, value in self.__dict__.items():
-            duplicate.__dict__[key] = value if key in ("_cut", "_root") else copy.deepcopy(value, memo)
+            duplicate.__dict__[key] = (
+                value if key in ("_cut", "_root", "_given", "rest") else copy.deepcopy(value, memo)
+            )
         duplicate._adopt(root)
         return duplicate
 
@@ -373,7 +385,8 @@ class ReplaySplit(SplitGenerator):
         return self._tail(self.cuts[index], share=share)
 
     def _tail(self, cut: ReplayCut, *, share: bool) -> ReplayTail:
-        return ReplayTail(self.generator, cut, [s.path for s in self.decoder.stages], share=share)
+        stages = [s.path for s in self.decoder.stages]
+        return ReplayTail(self.generator, cut, stages, partial(_image_of, self.decoder), share=share)
 
     def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
         """Run the generator up to another cut; returns its feature ``(N, C, ...)``."""
@@ -408,6 +421,14 @@ class ReplaySplit(SplitGenerator):
             return False
         self.cuts = tuple(replace(cut, batched=frozenset(self.batched)) for cut in self.cuts)
         return True
+
+
+def _image_of(decoder: Decoder, output: Any) -> Any:
+    """Drop what an exit does not give from an output."""
+    if not decoder.image_only:
+        return output
+    image = dict(flatten(output))[decoder.image_path]
+    return rebuild(output, lambda leaf: leaf if leaf is image or not isinstance(leaf, Tensor) else None)
 
 
 def _place(decoder: Decoder, path: str, cut: Cut, tap: str) -> Place:

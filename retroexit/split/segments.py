@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from retroexit.core.modules import clone_module
-from retroexit.core.nested import change_first_map
+from retroexit.core.nested import change_first_map, flatten
 from retroexit.stages.decoder import Cut, is_read_again
 from retroexit.tracing.record import Recording
 
@@ -130,15 +130,22 @@ class Tail(GraphPart):
     """The rest of a generator after a cut: ``tail(feature, *live)`` gives the generator's output structure.
 
     Layers are copies (see `clone_module`) under their dotted paths. What the forward reads itself is copied
-    too. With ``share``, weights are the generator's, for reading only.
+    too. With ``share``, weights are the generator's, for reading only. ``result`` are the nodes that it gives, by
+    default all of the output.
     """
 
-    def __init__(self, recording: Recording, generator: nn.Module, cut: Cut, *, share: bool = False) -> None:
-        super().__init__(cut.rest, cut.crossing, recording.nodes[-1].args[0])
+    rest: list[fx.Node]
+
+    def __init__(
+        self, recording: Recording, generator: nn.Module, cut: Cut, result: Any = None, *, share: bool = False
+    ) -> None:
+        result = recording.nodes[-1].args[0] if result is None else result
+        self.__dict__["rest"] = rest = needed_for(result, cut.rest)
+        super().__init__(rest, cut.crossing, result)
         self.generate()
         self._changed_runs: dict[tuple[str, ...], Callable[..., Any]] = {}
         memo: dict[int, Any] = {}
-        for node in cut.rest:
+        for node in rest:
             target = str(node.target)
             if node.op == "call_module":
                 parent, _, name = target.rpartition(".")
@@ -152,7 +159,7 @@ class Tail(GraphPart):
                 else:
                     setattr(self, target, value)
         # After the modules, so that the weight of a copied layer is shared with a forward that reads it.
-        for node in cut.rest:
+        for node in rest:
             if node.op == "get_attr" and node.target not in recording.constants:
                 self._copy_attribute(generator, str(node.target), memo, share)
         self.eval()
@@ -201,6 +208,17 @@ class Tail(GraphPart):
                     node.replace_all_uses_with(graph.call_function(_call_changed, arguments))
                 graph.erase_node(node)
         return _compiled(graph)[0]
+
+
+def needed_for(result: Any, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Keep the nodes that a result depends on, and those that write into other values."""
+    needed = {leaf for _, leaf in flatten(result) if isinstance(leaf, fx.Node)}
+    kept: list[fx.Node] = []
+    for node in reversed(nodes):
+        if node in needed or node.meta.get("mutates"):
+            needed.update(node.all_input_nodes)
+            kept.insert(0, node)
+    return kept
 
 
 def _call_changed(module: nn.Module, change: Callable[[Tensor], Tensor], args: Any, kwargs: Any) -> Any:

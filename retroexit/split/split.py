@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,12 +17,14 @@ from retroexit.core.samples import conversion_advice, smaller_maps
 from retroexit.core.writes import WriteWatch, differentiable_writes, overwrites_saved
 from retroexit.errors import InputMismatchError, RecordingError
 from retroexit.split.rows import are_grouped, group, rows_per_sample
-from retroexit.split.segments import Segment, Tail
+from retroexit.split.segments import Segment, Tail, needed_for
 from retroexit.stages.decoder import Cut, Decoder
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
 __all__ = ["Begun", "SplitGenerator", "Values", "lacks_batch_axis", "places"]
+
+logger = logging.getLogger(__name__)
 
 Values = dict[fx.Node, Any]
 Leaves = list[tuple[tuple[Any, ...], Any]]
@@ -122,11 +125,12 @@ class SplitGenerator:
     def pieces(self, modules: nn.Module, tail: Cut | None = None) -> list[Segment]:
         """Cut the recording, or a tail of it, into segments that run the modules of the generator or of that tail."""
         recording = self.decoder.recording
-        leaves = [leaf for _, leaf in flatten(self._result) if isinstance(leaf, fx.Node)]
+        result = self._result if tail is None else self.decoder.result
+        leaves = [leaf for _, leaf in flatten(result) if isinstance(leaf, fx.Node)]
         ends = [(cut.position, cut.crossing) for cut in self.cuts] + [(len(recording.nodes), tuple(leaves))]
         begins = [(0, tuple(self._inputs)), *ends[:-1]]
         pairs = list(zip(begins, ends, strict=True))[0 if tail is None else self.cuts.index(tail) + 1 :]
-        among = None if tail is None else set(tail.rest)
+        among = None if tail is None else set(needed_for(result, tail.rest))
         return [Segment(recording, modules, begin, end, keep, enter, among) for (begin, enter), (end, keep) in pairs]
 
     def is_current(self, branches: nn.Module) -> bool:
@@ -233,9 +237,10 @@ class SplitGenerator:
         return self.output([done[node] for node in self._rest.keep])
 
     def output(self, leaves: Sequence[Any]) -> Any:
-        """Arrange what the last piece returns in the structure of the generator's output."""
-        by_node = dict(zip(self._rest.keep, leaves, strict=True))
-        return rebuild(self._result, lambda leaf: by_node[leaf] if isinstance(leaf, fx.Node) else leaf)
+        """Arrange what the last piece, the generator's or a tail's, returns in the structure of the output."""
+        keep = self._rest.keep if len(leaves) == len(self._rest.keep) else (self.decoder.image,)
+        by_node = dict(zip(keep, leaves, strict=True))
+        return rebuild(self._result, lambda leaf: by_node.get(leaf) if isinstance(leaf, fx.Node) else leaf)
 
     def crossing(self, values: Values, index: int) -> list[Tensor]:
         """List the values that cross a cut, the feature first."""
@@ -250,7 +255,8 @@ class SplitGenerator:
 
     def tail(self, index: int, *, share: bool = False) -> Tail:
         """Copy everything after a cut as a module; with ``share`` it holds the generator's own weights."""
-        return Tail(self.decoder.recording, self.generator, self.cuts[index], share=share)
+        decoder = self.decoder
+        return Tail(decoder.recording, self.generator, self.cuts[index], decoder.result, share=share)
 
     def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
         """Run the generator up to another cut; returns its feature ``(N, C, ...)``."""
@@ -286,7 +292,7 @@ class SplitGenerator:
         states, watch = list[list[Tensor]](), WriteWatch()
         with torch.no_grad(), self._unobserved():
             if not self_test or self.decoder.replayed or not self._run_through(states, watch):
-                expected = self._generator_outputs(*self.example) if self_test else None
+                expected = self._given(self._generator_output(*self.example)) if self_test else None
                 self._run_each(states, watch, expected, len(self.cuts) if count is None else count)
         if watch.seen:
             with self._unobserved():
@@ -308,11 +314,11 @@ class SplitGenerator:
             crossed.append([(value, value._version) for value in crossing])
             with watch if len(states) < len(self.cuts) else nullcontext():
                 values = self._pass(piece, values)
-        output = tensors(self.output([values[node] for node in self._rest.keep]))
+        output = self._given(self.output(list(values.values())))
         self.written = [{i for i, (value, version) in enumerate(c) if value._version != version} for c in crossed]
-        recorded = tensors(self.decoder.recording.output)
+        recorded = self._given(self.decoder.recording.output)
         return (self._is_exact and _are_equal(output, recorded)) or _are_equal(
-            output, self._generator_outputs(*self.example)
+            output, self._given(self._generator_output(*self.example))
         )
 
     def _run_each(
@@ -395,9 +401,13 @@ class SplitGenerator:
     def _unobserved(self) -> AbstractContextManager[None]:
         return unobserved(self.generator, self.decoder.recording.draws)
 
-    def _generator_outputs(self, args: Any, kwargs: Any) -> list[Tensor]:
+    def _given(self, output: Any) -> list[Tensor]:
+        """List the tensors of an output that an exit gives."""
+        return [self.place_of(output)] if self.decoder.image_only else tensors(output)
+
+    def _generator_output(self, args: Any, kwargs: Any) -> Any:
         with torch.no_grad(), self._unobserved():
-            return tensors(self.generator(*cloned(args), **cloned(kwargs)))
+            return self.generator(*cloned(args), **cloned(kwargs))
 
     def _self_test(self, index: int, crossing: list[Tensor], expected: list[Tensor]) -> None:
         """Check that the unchanged tail behind a cut gives the generator's output bit for bit.
@@ -405,7 +415,7 @@ class SplitGenerator:
         The segments before it have just run, so that random draws are equal.
         """
         with self._unobserved():
-            outputs = tensors(self.tail(index, share=True)(*crossing))
+            outputs = self._given(self.tail(index, share=True)(*crossing))
         if not _are_equal(outputs, expected):
             pairs = [(a, b) for a, b in zip(outputs, expected, strict=False) if a.shape == b.shape]
             differences = (float((a.float() - b.float()).abs().max()) for a, b in pairs)
@@ -419,7 +429,7 @@ class SplitGenerator:
     def _mismatch(self, args: Any, kwargs: Any) -> tuple[str, dict[Any, Tensor]]:
         """Compare pieces and generator; returns how they differ (empty if not), and what `_look` saw."""
         try:
-            expected = self._generator_outputs(args, kwargs)
+            expected = tensors(self._generator_output(args, kwargs))
             seen, outputs = self._look(args, kwargs)
         except Exception as error:
             return f"raises {type(error).__name__}: {error}", {}
@@ -491,19 +501,26 @@ class SplitGenerator:
         )
 
 
-def lacks_batch_axis(generator: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether inputs are one sample, of which the generator takes a batch of one and of two as well."""
+def lacks_batch_axis(generator: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether inputs are one sample, of which the generator takes a batch of one and of two, but no further rows."""
 
-    def render(count: int) -> list[Tensor]:
-        stacked = rebuild((tuple(args), dict(kwargs)), lambda x: torch.stack([x] * count) if torch.is_tensor(x) else x)
+    def render(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        changed = rebuild((tuple(args), dict(kwargs)), lambda x: change(x) if torch.is_tensor(x) else x)
         with torch.no_grad(), unobserved(generator):
-            return tensors(generator(*stacked[0], **stacked[1]))
+            return [x for x in tensors(generator(*changed[0], **changed[1])) if x.dim()]
+
+    def grows(small: list[Tensor], large: list[Tensor]) -> bool:
+        return all((len(a) + 1, *a.shape[1:]) == b.shape for a, b in zip(small, large, strict=True))
 
     try:
-        pairs = list(zip(render(1), render(2), strict=True))
+        if grows([x for x in tensors(output) if x.dim()], render(lambda x: torch.cat([x, x[:1]]) if x.dim() else x)):
+            return False
+    except Exception:
+        logger.debug("the generator does not take one more row", exc_info=True)
+    try:
+        return grows(render(lambda x: x[None]), render(lambda x: torch.stack([x, x])))
     except Exception:
         return False
-    return all((2, *one.shape[1:]) == two.shape for one, two in pairs if one.dim())
 
 
 def places(decoder: Decoder, stages: Iterable[Stage], tap: Literal["after", "before"]) -> list[tuple[Stage, Cut]]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from retroexit.core.nested import rebuild
 from retroexit.errors import AttachPointError, GeneratorError, RecordingError, closest
 from retroexit.stages.choose import choose_stages, closing_modules
 from retroexit.stages.maps import find_image, is_map, lay_out_tokens, mark_tokens, shape_of
@@ -45,6 +46,16 @@ class Decoder:
     image: fx.Node  # node of the output image
     image_path: tuple[Any, ...]  # where the image is in the generator's output
     replayed: str = ""  # why the recording cannot be cut (see `retroexit.split.replay`); empty where it can
+    image_only: bool = False  # whether exits give the image alone, and ``None`` for other tensors of the output
+
+    @property
+    def result(self) -> Any:
+        """Nodes of what an exit gives, in the structure of the generator's output."""
+        result = self.recording.nodes[-1].args[0]
+        return rebuild(result, lambda leaf: leaf if self._is_given(leaf) else None)
+
+    def _is_given(self, leaf: Any) -> bool:
+        return not self.image_only or not isinstance(leaf, fx.Node) or leaf is self.image
 
     def call(self, path: str) -> Call:
         """Return the call of a module; where it runs more than once, its calls must be gathered turns."""

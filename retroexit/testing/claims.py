@@ -125,8 +125,7 @@ class Case:
         """Return the image in an output of the generator or of an exit."""
         for key in self.image_path:
             output = output[key] if isinstance(output, (tuple, list, dict)) else getattr(output, key)
-        image: Tensor = output
-        return image
+        return output
 
     def pairs(self) -> tuple[Inputs, Inputs, Inputs]:
         """Make batches of two, of one size: the first sample and the same one shifted, each of them twice."""

@@ -72,7 +72,7 @@ def record(
     kwargs = dict(kwargs or {})
     name = type(generator).__name__
     if generator.training:
-        raise ModeError(f"{name} must be in eval mode. Call generator.eval() first.", generator)
+        raise ModeError(f"{name} must be in eval mode. Call generator.eval() first.")
     refuse_accelerate(generator)
     snapshot = Snapshot(generator)
     recorder = Recorder(generator, is_leaf or _is_atom, observing=observing, change=change)
@@ -86,8 +86,7 @@ def record(
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(
                 f"{name} returned NaN or infinity in a tensor of shape {tuple(tensor.shape)} on the example "
-                "inputs. Check its weights and the range of the inputs.",
-                tensor,
+                "inputs. Check its weights and the range of the inputs."
             )
     graph, calls, macs = recorder.graph, recorder.calls, recorder.counter.macs
     return Recording(graph, recorder.constants, inputs, calls, macs, output, snapshot, recorder.reads, draws)
@@ -173,14 +172,12 @@ def _explain(generator: nn.Module, args: Any, kwargs: Any, error: Exception) -> 
         if weight is not None and (x.device != weight.device or (x.is_floating_point() and x.dtype != weight.dtype)):
             return DeviceError(
                 f"{name} and its inputs must share device and precision, got parameters on {weight.device} in "
-                f"{weight.dtype} and an input {tuple(x.shape)} on {x.device} in {x.dtype}. Convert one. {cause}",
-                x,
+                f"{weight.dtype} and an input {tuple(x.shape)} on {x.device} in {x.dtype}. Convert one. {cause}"
             )
     shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs) or "no tensors"
     return GeneratorError(
         f"{name} rejects the example inputs ({shapes}). Pass inputs that generator(*inputs) takes."
-        f"{conversion_advice((args, kwargs))} {cause}",
-        generator,
+        f"{conversion_advice((args, kwargs))} {cause}"
     )
 
 

@@ -11,6 +11,7 @@ import operator
 import sys
 import sysconfig
 import threading
+import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -80,6 +81,16 @@ def show(place: tuple[str, int]) -> str:
     """Format a line as ``file:number: code``."""
     filename, number = place
     return f"{filename}:{number}: {linecache.getline(filename, number).strip()}"
+
+
+def failure(error: Exception) -> str:
+    """Describe an error of the user's code: its type, first line of text, and innermost line of that code."""
+    line = "code that is not Python"
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if is_user_code(frame.f_code.co_filename):
+            line = show((frame.f_code.co_filename, number))
+    text = (str(error).strip().splitlines() or ["no text"])[0]
+    return f"{type(error).__name__}: {text} at {line}"
 
 
 # What a recording consists of.
@@ -299,8 +310,7 @@ class Recorder(TorchFunctionMode):
         if any(self.has_node(item) for item in tensors(dict(inner))):
             raise RecordingError(
                 "values passed between modules must be tensors, tuples, lists, dicts or dataclasses, got a "
-                f"{type(value).__name__} object with tensors in its attributes. Make it a dataclass.",
-                value,
+                f"{type(value).__name__} object with tensors in its attributes. Make it a dataclass."
             )
 
     # Tensor functions.

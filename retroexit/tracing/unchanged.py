@@ -48,8 +48,7 @@ class Snapshot:
                 names = {True: "train", False: "eval"}
                 raise ModeError(
                     f"{type(module).__name__} must be in {names[mode]} mode as in the recording, got "
-                    f"{names[not mode]} mode. Set the generator's mode back, or wrap it again.",
-                    module,
+                    f"{names[not mode]} mode. Set the generator's mode back, or wrap it again."
                 )
             _refuse_accelerate(name, module)
             change = _change(module, kind, forward, facts)
@@ -57,8 +56,7 @@ class Snapshot:
                 where = f"{name!r} ({kind.__name__})" if name else f"the {kind.__name__} itself"
                 raise GeneratorError(
                     f"the generator must be as it was wrapped, got a change in {where}: {change}. Undo it, or wrap "
-                    "and fit again.",
-                    module,
+                    "and fit again."
                 )
 
 
@@ -74,8 +72,7 @@ def _refuse_accelerate(name: str, module: nn.Module) -> None:
         raise GeneratorError(
             f"the generator must have no hooks of accelerate, got {type(hook).__name__} on "
             f"{name or type(module).__name__!r}: copies of offloaded layers have no weights. Call "
-            "accelerate.hooks.remove_hook_from_module(generator, recurse=True), and move the generator to one device.",
-            module,
+            "accelerate.hooks.remove_hook_from_module(generator, recurse=True), and move the generator to one device."
         )
 
 

@@ -203,14 +203,11 @@ def _check_rows(model: EarlyExitGenerator) -> None:
     """Refuse a generator whose values cannot be told apart by sample."""
     name = type(model.generator).__name__
     if not model.split.any_batch:
-        raise TrainingError(
-            f"{name} must take any batch size, but its forward holds for {model.split.batch} only", model.generator
-        )
+        raise TrainingError(f"{name} must take any batch size, but its forward holds for {model.split.batch} only")
     if {*model.split.batched.values(), *model.split.output_rows.values()} - {1, None}:
         raise TrainingError(
             f"{name} has values with several rows per sample, such as frames folded into the batch. Wrap the "
-            "module that renders one frame, with frames as the batch.",
-            model.generator,
+            "module that renders one frame, with frames as the batch."
         )
 
 
@@ -237,7 +234,7 @@ def _store(
         arrays[name] = new_array(folder / f"{name}.npy", rows.dtype, (count, *rows.shape[1:]))
     if arrays[name].shape[1:] != rows.shape[1:]:
         raise OptionError(
-            f"inputs must be of one size, got shapes {arrays[name].shape[1:]} and {rows.shape[1:]} of {name}", value
+            f"inputs must be of one size, got shapes {arrays[name].shape[1:]} and {rows.shape[1:]} of {name}"
         )
     arrays[name][indices] = rows
 
@@ -268,9 +265,7 @@ def _check_sums(folder: Path, arrays: dict[str, np.ndarray], state: dict[str, An
         sums = [_sum(array[begin : min(begin + batch, done)]) for begin in range(0, done, batch)]
         if sums != state["sums"][name]:
             first = next(i for i, (a, b) in enumerate(zip(sums, state["sums"][name], strict=True)) if a != b)
-            raise CheckpointError(
-                f"{folder / name}.npy is damaged from sample {first * batch} on. Remove {folder}.", folder
-            )
+            raise CheckpointError(f"{folder / name}.npy is damaged from sample {first * batch} on. Remove {folder}.")
     return dict(state["sums"])
 
 
@@ -278,8 +273,7 @@ def _check_shared(name: str, first: Tensor, now: Tensor) -> None:
     if first.shape != now.shape or not torch.allclose(first.double(), now.double(), rtol=1e-4, atol=1e-6):
         raise TrainingError(
             f"{name} has one value for all samples of a batch, and another one in the next batch. Draw noise "
-            "per sample inside the generator, or attach the branch elsewhere.",
-            now,
+            "per sample inside the generator, or attach the branch elsewhere."
         )
 
 
@@ -287,7 +281,7 @@ def _open(folder: Path, name: str, count: int, mode: Any) -> np.ndarray:
     path = folder / f"{name}.npy"
     array = read_npy(path, mode, f"Remove {folder}.")
     if array.shape[:1] != (count,):
-        raise CheckpointError(f"{path} must have {count} rows, got {array.shape}. Remove {folder}.", path)
+        raise CheckpointError(f"{path} must have {count} rows, got {array.shape}. Remove {folder}.")
     return array
 
 
@@ -304,7 +298,6 @@ def _read_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     if other:
         raise CheckpointError(
             f"{folder} has features of another fit, with other {', '.join(other)}. Use another folder, or "
-            "remove this one.",
-            folder,
+            "remove this one."
         )
     return {"identity": identity, "done": done, "arrays": arrays, "sums": sums}

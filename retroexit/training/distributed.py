@@ -32,7 +32,7 @@ class Team:
     def part(self, count: int) -> slice:
         """Return this process's part of a batch of ``count`` samples; raises `OptionError` if it does not divide."""
         if count % self.size:
-            raise OptionError(f"batch must be a multiple of {self.size} processes, got {count}", count)
+            raise OptionError(f"batch must be a multiple of {self.size} processes, got {count}")
         share = count // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
 
@@ -81,8 +81,7 @@ def join(devices: int | None = None, nodes: int | None = None, accelerator: str 
         if dist.get_world_size() != devices * nodes:
             raise OptionError(
                 f"devices x nodes must be the {dist.get_world_size()} running processes, got {devices} x "
-                f"{nodes}. Leave both out.",
-                (devices, nodes),
+                f"{nodes}. Leave both out."
             )
         index = int(os.environ.get("LOCAL_RANK", "0"))
         device = torch.device("cpu") if accelerator == "cpu" else torch.device(accelerator, index)
@@ -103,7 +102,7 @@ def check_devices(devices: int | None, nodes: int | None, batch: int | None = No
     """Check that processes could be started and could divide a batch; starts nothing."""
     devices, nodes = 1 if devices is None else devices, 1 if nodes is None else nodes
     if min(devices, nodes) < 1:
-        raise OptionError(f"devices and nodes must be >= 1, got {devices} and {nodes}", (devices, nodes))
+        raise OptionError(f"devices and nodes must be >= 1, got {devices} and {nodes}")
     if batch is not None:
         Team(size=devices * nodes).part(batch)
     if devices * nodes > 1:

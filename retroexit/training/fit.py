@@ -34,6 +34,7 @@ from retroexit.training.estimate import Estimate, estimate
 from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.losses import L1, TrainingLoss
 from retroexit.training.losses.plan import LossPlan
+from retroexit.training.pilot import choose_kinds
 from retroexit.training.predictor import exit_losses, fit_predictor, search_guides
 from retroexit.training.settings import FitSettings, check_same, divide
 from retroexit.training.steps import Cropper, Steps
@@ -91,6 +92,7 @@ def fit_model(
     if taps is not None:
         model.bank = _bank(model, taps, features, folder, job, team, progress)
         steps.guide_of, model.router.guide_limit = _guides(model, taps, features)
+    choose_kinds(model, job.plan, steps, held_out, metric, settings, folder)
     reconstruct_branches(model, steps, folder / "branches", keep_channels=settings.features > 0)
     _train(model, losses, steps, settings, folder / "branches", writer, progress)
     quality_losses = exit_losses(model, steps, metric, folder / "losses.safetensors", progress)

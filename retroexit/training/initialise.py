@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from retroexit.branch.branch import Branch
 from retroexit.branch.copy import CopyBranch
-from retroexit.branch.least_squares import Reconstruction, reconstruct
+from retroexit.branch.least_squares import Reconstruction
 from retroexit.errors import RetroExitError
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import unobserved
@@ -24,31 +25,39 @@ _SAMPLES, _PIXELS = 64, 2**20  # at most; all of them are in memory at once
 def reconstruct_branches(
     model: EarlyExitGenerator, steps: Steps, folder: Path | None = None, *, keep_channels: bool = False
 ) -> list[Reconstruction | None]:
-    """Choose the channels of new branches from training samples, and solve their layers, in place.
+    """Start all branches, in place, except those that were started before or have a checkpoint in ``folder``.
 
-    Branches that inherited before, or have a checkpoint in ``folder``, stay; ``keep_channels`` finds the channels of
-    the latter too. Returns the result for every branch, ``None`` if there was nothing to do.
+    ``keep_channels`` finds the channels of copies with a checkpoint too. Returns the result for every branch,
+    ``None`` if there was nothing to do.
     """
+    results = []
+    for index in range(len(model.branches)):
+        has_checkpoint = folder is not None and (folder / f"exit{index + 1}.safetensors").exists()
+        results.append(start_branch(model, index, steps, has_checkpoint=has_checkpoint, keep_channels=keep_channels))
+    return results
+
+
+def start_branch(
+    model: EarlyExitGenerator, index: int, steps: Steps, *, has_checkpoint: bool = False, keep_channels: bool = False
+) -> Reconstruction | None:
+    """Choose the channels of a fresh copy from training samples, and solve the layers of a branch of any kind."""
+    branch = model.branches[index]
+    assert isinstance(branch, Branch)
+    is_fresh, branch.is_fresh = branch.is_fresh, False
+    if not is_fresh:
+        return None
     pixels = steps.cropper.size or steps.cropper.image_size
     count = max(2, min(_SAMPLES, _PIXELS // math.prod(pixels)))
     step = replace(steps, team=Team(), batch=count, needs_inputs=False).at(0)
-    results: list[Reconstruction | None] = []
-    for index, branch in enumerate(model.branches):
-        if not isinstance(branch, CopyBranch):
-            results.append(None)
-            continue
-        has_checkpoint = folder is not None and (folder / f"exit{index + 1}.safetensors").exists()
-        is_fresh, branch.is_fresh = branch.is_fresh, False
-        values = [step.read(node.name) for node in model.split.cuts[index].crossing] if is_fresh else []
-        if is_fresh and (keep_channels or not has_checkpoint):
-            _choose_channels(model, index, values)
-        if has_checkpoint or not is_fresh:
-            results.append(None)
-            continue
-        with unobserved(model.generator):
-            full = model.split.tail(index, share=True)
-            results.append(reconstruct(branch.eval(), full, values, step.guide, seed=steps.seed))
-    return results
+    values = [step.read(node.name) for node in model.split.cuts[index].crossing]
+    if branch.inherited and isinstance(branch, CopyBranch) and (keep_channels or not has_checkpoint):
+        _choose_channels(model, index, values)
+    if has_checkpoint:
+        return None
+    with unobserved(model.generator):
+        full = model.split.tail(index, share=True)
+        stages = [str(node.target) for node in model.split.cuts[index].rest if node.op == "call_module"]
+        return branch.eval().start(full, stages, values, step.guide, steps.seed)
 
 
 def _choose_channels(model: EarlyExitGenerator, index: int, values: list[Tensor]) -> None:

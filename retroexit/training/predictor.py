@@ -47,8 +47,7 @@ def exit_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, 
         exits = [index + 1 for index, is_finite in enumerate(finite) if not is_finite]
         raise TrainingError(
             f"{metric.name} must be finite, but is not at exits {exits}. Fit again in another folder, with a "
-            "lower learning rate.",
-            losses,
+            "lower learning rate."
         )
     if team.is_first:
         write_tensors(path, {"losses": losses})
@@ -73,7 +72,7 @@ def _read_losses(path: Path, size: tuple[int, int]) -> Tensor:
     with reading(path, "Remove it."):
         losses = read_tensors(path, "Remove it.")[0]["losses"]
     if tuple(losses.shape) != size:
-        raise CheckpointError(f"{path} must have shape {size}, got {tuple(losses.shape)}. Remove it.", path)
+        raise CheckpointError(f"{path} must have shape {size}, got {tuple(losses.shape)}. Remove it.")
     return losses
 
 
@@ -105,8 +104,7 @@ def check_reads(model: EarlyExitGenerator, samples: Samples, predict_from: Reads
     if predict_from == "features+distance" and model.decomposition.taps is None:
         raise BankError(
             "predict_from='features+distance' needs branches with guidance. Wrap with guidance=True, or use "
-            "predict_from='features'.",
-            model,
+            "predict_from='features'."
         )
     if predict_from == "inputs":
         _input_maps(model, samples, [0])
@@ -208,8 +206,7 @@ def _optimise(
         if not torch.isfinite(error):
             raise TrainingError(
                 f"the predictor's loss became {float(error.detach())} at step {step}. Check the features and "
-                "losses for infinite values.",
-                predictor,
+                "losses for infinite values."
             )
         if len(held) and (step % 50 == 49 or step == steps - 1):
             residuals = _residuals(predictor, data, held)

@@ -12,7 +12,7 @@ import numpy as np
 from retroexit.core.files import read_json, reading
 from retroexit.errors import CheckpointError, OptionError
 from retroexit.routing.predictor import Kind, Reads, check_kind
-from retroexit.training.losses.plan import DEFAULT_LOSSES, check_weights
+from retroexit.training.losses.plan import DEFAULT_LOSSES
 
 _FREE: Final = frozenset({"checkpoint_every", "tensorboard", "predictor", "predict_from"})
 """Settings that a resumed fit may change; the predictor is trained anew every time."""
@@ -32,8 +32,8 @@ class FitSettings:
         losses: Weight of every term of the training loss by name.
         features: Weight of the distance of inherited layers' outputs to the backbone's, which then runs in each step.
         held_out: Share of the inputs that only correct the predictor, in [0, 1).
-        calibrate: Share of the inputs for a calibration at the end, in (0, 1); nothing else uses them. For a promise
-            to new groups or for several thresholds, call `EarlyExitGenerator.calibrate` after the fit instead.
+        calibrate: Share of the inputs for a calibration at the end, in (0, 1); nothing else uses them. For a promise to
+            new groups or for several thresholds, call `EarlyExitGenerator.calibrate` after the fit instead.
         predictor: ``"conv"``, ``"pooled"`` or ``"linear"``, see `retroexit.routing.predictor.Predictor`.
         predict_from: What it reads, see there.
         predictor_steps: Optimiser steps of the predictor.
@@ -67,7 +67,6 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         check_kind(self.predictor, self.predict_from)
-        check_weights(self.losses)
         for names, kind, limits, is_valid in _LIMITS:
             for name in names.split():
                 value = getattr(self, name)
@@ -75,9 +74,9 @@ class FitSettings:
                     continue
                 if isinstance(value, bool) or not isinstance(value, kind):
                     noun = "an integer" if kind is int else "a number"
-                    raise OptionError(f"{name} must be {noun} {limits}, got {value!r}", value)
+                    raise OptionError(f"{name} must be {noun} {limits}, got {value!r}")
                 if not is_valid(value):
-                    raise OptionError(f"{name} must be {limits}, got {value}", value)
+                    raise OptionError(f"{name} must be {limits}, got {value}")
 
 
 _LIMITS: Final[tuple[tuple[str, Any, str, Callable[[float], bool]], ...]] = (
@@ -94,7 +93,7 @@ def divide(count: int, settings: FitSettings) -> tuple[list[int], list[int]]:
     """Divide samples into those that branches are trained on, at least one, and those held out, both sorted."""
     held_out = round(settings.held_out * count)
     if held_out >= count:
-        raise OptionError(f"held_out={settings.held_out} leaves no sample to train on", settings.held_out)
+        raise OptionError(f"held_out={settings.held_out} leaves no sample to train on")
     order = np.random.default_rng([settings.seed, 2]).permutation(count).tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
 
@@ -119,8 +118,7 @@ def check_same(path: Path, settings: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path.parent} has a fit with other settings: "
             + ", ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys)
-            + ". Use another folder, or the settings of the first run.",
-            path,
+            + ". Use another folder, or the settings of the first run."
         )
 
 

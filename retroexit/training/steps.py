@@ -42,13 +42,12 @@ class Cropper:
             if len(steps) != 1 or 0 in steps:
                 raise OptionError(
                     f"crop needs maps whose sizes divide the image's, {image_size}, got {shape}. Train on "
-                    "whole images (crop=None).",
-                    size,
+                    "whole images (crop=None)."
                 )
             ratios.append(steps.pop())
         grid = max(ratios)
         if size < 1 or size % grid:
-            raise OptionError(f"crop must be a multiple of {grid}, got {size}", size)
+            raise OptionError(f"crop must be a multiple of {grid}, got {size}")
         window = tuple(min(size, axis) for axis in image_size)
         return cls(None if window == image_size else window, image_size, grid, frozenset(maps))
 

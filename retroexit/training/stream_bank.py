@@ -53,7 +53,7 @@ def stream_bank(
         model.record(*args, **kwargs)
     taps, guidance = model.decomposition.taps, model.options.guidance
     if taps is None or guidance is None:
-        raise OptionError("the model has no guidance. Pass guidance=... to retroexit.wrap.", model)
+        raise OptionError("the model has no guidance. Pass guidance=... to retroexit.wrap.")
     meta = {
         "fingerprint": fingerprint(model.generator),
         "generator": type(model.generator).__name__,
@@ -103,9 +103,7 @@ def stream_banks(
     wrong = [n for n in rows if not isinstance(n, str) or Path(n).name != n or n in ("", ".", "..")]
     if len(identities) != len(samples) or wrong:
         problem = f"the name {wrong[0]!r}" if wrong else f"{len(identities)} names for {len(samples)} samples"
-        raise OptionError(
-            f"identities must be one name per sample, each valid as a folder's name, got {problem}", identities
-        )
+        raise OptionError(f"identities must be one name per sample, each valid as a folder's name, got {problem}")
     for name, chosen in rows.items():
         if name not in skip:
             subset: Any = Subset(samples.items, chosen)  # type: ignore[arg-type]

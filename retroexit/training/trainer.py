@@ -62,17 +62,14 @@ class FeatureDistance:
         self._targets: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def run_backbone(self, values: Sequence[Tensor]) -> None:
-        """Run the backbone's remaining stages on the inputs of the branch."""
-        self._targets.clear()
-        with watching(self.full, self.paths, partial(_store, self._targets)), unobserved(self.model.generator):
-            self.full(*values)
-
     @contextmanager
-    def capture_branch(self) -> Iterator[None]:
-        """Capture the outputs of the branch's layers inside the block."""
+    def capture(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Run the rest of the backbone on the inputs of the branch, and capture the branch's layers in the block."""
+        self._targets.clear()
         self._outputs.clear()
+        see = partial(_store, self._targets)
+        with torch.no_grad(), watching(self.full, self.paths, see), unobserved(self.model.generator):
+            self.full(*values)
         with watching(self.branch.tail, self.paths, partial(_store, self._outputs)):
             yield
 
@@ -193,8 +190,7 @@ class BranchTrainer:
     def _render(self, step: Step) -> Any:
         if self.distance is None:
             return self.branch(*map(step.read, self.names), guide=step.guide)
-        self.distance.run_backbone([step.read(name) for name in self.names])
-        with self.distance.capture_branch():
+        with self.distance.capture([step.read(name) for name in self.names]):
             return self.branch(*map(step.read, self.names), guide=step.guide)
 
     def _precision(self) -> torch.autocast:
@@ -205,8 +201,7 @@ class BranchTrainer:
     def _diverged(self, what: str, value: float, parts: dict[str, float]) -> TrainingError:
         return TrainingError(
             f"the {what} of exit {self.index + 1} became {value} at step {self.step}: {parts}. The branches have the "
-            f"weights of the last checkpoint, {self.path}. Use another folder, and lr below {self.settings.lr:g}.",
-            parts,
+            f"weights of the last checkpoint, {self.path}. Use another folder, and lr below {self.settings.lr:g}."
         )
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from retroexit.branch.branch import Branch
 from retroexit.branch.builder import BranchSpec, SharedAnalysis
+from retroexit.branch.widths.plan import OUTPUT
 from retroexit.core.identity import Identity
 from retroexit.core.modules import device_of, precision_of
 from retroexit.core.nested import tensors
@@ -25,6 +27,7 @@ from retroexit.errors import (
     OutputError,
     PluginError,
     RecordingError,
+    RetroExitError,
     closest,
     silence,
     warn,
@@ -37,6 +40,7 @@ from retroexit.stages.decoder import Cut, Decoder, read_decoder, value_names
 from retroexit.stages.maps import shape_of
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
+from retroexit.tracing.recorder import failure
 from retroexit.wrapping.options import BranchPlan, WrapOptions
 
 AUTO = "auto"
@@ -127,6 +131,7 @@ def decompose(
     named = [place for place in options.attach_at or () if isinstance(place, str)]
     named += tap_paths(options.guidance)
     decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
+    decoder = replace(decoder, image_only=options.image_only)
     if decoder.recording.draws:
         warn(
             f"{type(generator).__name__} draws random numbers in its forward: two calls with the same inputs render "
@@ -186,6 +191,22 @@ def decompose_again(
 
 
 def _build(
+    generator: nn.Module, decoder: Decoder, options: WrapOptions, args: Any, kwargs: dict[str, Any]
+) -> tuple[Decomposition, list[Branch]]:
+    """See `_build_parts`; what the generator's code raises on the way is named by its line."""
+    try:
+        return _build_parts(generator, decoder, options, args, kwargs)
+    except RetroExitError:
+        raise
+    except Exception as error:
+        raise RecordingError(
+            f"{type(generator).__name__} must run in pieces and in copies, got {failure(error)}. Attach elsewhere, or "
+            "wrap a module without this code.",
+            generator,
+        ) from error
+
+
+def _build_parts(
     generator: nn.Module, decoder: Decoder, options: WrapOptions, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Decomposition, list[Branch]]:
     """Cut a recorded generator and build its branches; where the recording cannot be cut, run the forward again."""
@@ -253,7 +274,7 @@ def _spec(decoder: Decoder, decomposition: Decomposition, index: int) -> BranchS
 
 def _refuse_layout(generator: nn.Module, decoder: Decoder, args: Any, kwargs: dict[str, Any]) -> None:
     """Refuse inputs without a batch axis and an image with its channels last, which look like no decoder."""
-    if lacks_batch_axis(generator, args, kwargs):
+    if lacks_batch_axis(generator, args, kwargs, decoder.recording.output):
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors((args, kwargs)))
         raise InputMismatchError(
             f"example inputs must have a batch axis, got shapes {shapes}. Pass x[None] for every input x.", args
@@ -364,9 +385,11 @@ def _choose_exit(decomposition: Decomposition, index: int, crossing: list[Tensor
         branch.why = why
         return branch, macs
     try:
-        return build(spec, kind)
+        branch, macs = build(spec, kind)
+        _warn_of_pins(branch, spec, behind)
+        return branch, macs
     except BranchError:
-        if options.macs:
+        if options.macs or kind == "copy":
             raise
         decomposition.specs[index] = replace(spec, macs=float(behind))
         return build(decomposition.specs[index], kind)
@@ -389,6 +412,19 @@ def _build_exit(
     if not isinstance(branch, Branch) or branch.kind != kind:
         raise PluginError(f"branch kind {kind!r} must build a Branch of this kind, got {branch!r}.", branch)
     return branch, branch.macs if split.divides else branch.macs // split.batch
+
+
+def _warn_of_pins(branch: Branch, spec: BranchSpec, behind: int) -> None:
+    """Warn of a branch that saves next to nothing because widths are fixed."""
+    saved, reasons = 1 - branch.macs / max(behind, 1), Counter(pin.reason for pin in branch.pins)
+    # Of outputs beside the image the builder of a copy warns.
+    if reasons and saved < LEAST_SAVED and spec.rule.scale < 1 and not any(f"{OUTPUT}'s" in r for r in reasons):
+        reason, count = reasons.most_common(1)[0]
+        warn(
+            f"an exit saves {max(saved, 0):.0%} of the MACs behind its attach point, because {count} widths are fixed "
+            f"by {reason}. Pass branch='subpixel', which needs nothing of these stages, or attach elsewhere.",
+            8,
+        )
 
 
 def one_sample(split: SplitGenerator, index: int, crossing: Sequence[Tensor]) -> list[Tensor]:

@@ -44,6 +44,7 @@ class WrapOptions:
         guidance: How branches are guided, or ``None``.
         init: Starting weights of branches.
         image: Key of the image in the generator's output.
+        image_only: Whether exits give the image alone.
         image_range: Smallest and largest pixel value, or ``None`` to measure it.
         self_test: Whether every cut is checked to reproduce the generator.
         seed: Seed of fresh weights.
@@ -65,6 +66,7 @@ class WrapOptions:
     guidance: Guidance | None = None
     init: Init = "inherit"
     image: Any = None
+    image_only: bool = False
     image_range: tuple[float, float] | None = None
     self_test: bool = True
     seed: int = 0

@@ -1,15 +1,11 @@
 """Whole autoencoders of diffusers with early exits."""
 
-from __future__ import annotations
-
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
 from small import kl, tiny
-from torch import nn
 
 import retroexit
 
@@ -18,13 +14,13 @@ pytest.importorskip("retroexit_diffusers", reason="install the project to get it
 
 
 @pytest.fixture(scope="module", params=[kl, tiny], ids=["kl", "tiny"])
-def wrapped(request: pytest.FixtureRequest) -> tuple[nn.Module, Any]:
+def wrapped(request):
     torch.manual_seed(0)
     vae = request.param().eval()
     return vae, retroexit.wrap(vae, [1, 2], scale=1 / 2, min_channels=4)
 
 
-def test_a_wrapped_autoencoder_is_used_as_the_autoencoder_is(wrapped: tuple[nn.Module, Any]):
+def test_a_wrapped_autoencoder_is_used_as_the_autoencoder_is(wrapped):
     vae, model = wrapped
     decoder, latents, images = vae.decoder, torch.randn(2, 4, 8, 8), torch.rand(2, 3, 16, 16) * 2 - 1
     assert model.unwrap() is decoder
@@ -48,7 +44,7 @@ def test_a_wrapped_autoencoder_is_used_as_the_autoencoder_is(wrapped: tuple[nn.M
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_a_wrapped_autoencoder_decodes_with_its_own_exits(wrapped: tuple[nn.Module, Any], copied: Any):
+def test_a_copy_of_a_wrapped_autoencoder_decodes_with_its_own_exits(wrapped, copied):
     model, latents = wrapped[1], torch.randn(1, 4, 8, 8)
     model.decoder.choose(exit=2)
     duplicate = copied(model)
@@ -64,7 +60,7 @@ def test_a_copy_of_a_wrapped_autoencoder_decodes_with_its_own_exits(wrapped: tup
     model.decoder.choose()
 
 
-def test_a_fitted_folder_is_loaded_into_the_autoencoder(wrapped: tuple[nn.Module, Any], tmp_path: Any):
+def test_a_fitted_folder_is_loaded_into_the_autoencoder(wrapped, tmp_path):
     vae, model = wrapped
     latents = torch.randn(1, 4, 8, 8)
     model.save(tmp_path / "fitted")
@@ -76,7 +72,7 @@ def test_a_fitted_folder_is_loaded_into_the_autoencoder(wrapped: tuple[nn.Module
     model.decoder.choose()
 
 
-def test_attributes_of_any_generator_are_reached_through_the_model(toys: Any):
+def test_attributes_of_any_generator_are_reached_through_the_model(toys):
     toy = next(iter(toys.TOYS.values()))()
     toy.generator.image_size = 64
     model = retroexit.wrap(toy.generator, [1], 1 / 2, min_channels=4, example_inputs=toy.args)

@@ -1,10 +1,6 @@
 """Early exits of a pipeline, on and off by one line each."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +14,7 @@ pytest.importorskip("retroexit_diffusers", reason="install the project to get it
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Path]]:
+def fitted(tmp_path_factory):
     """A pipeline, and folders of its decoder: fitted only, and calibrated too."""
     torch.manual_seed(0)
     vae = tiny().eval()
@@ -36,7 +32,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Pat
     ("quality", "choice"),
     [("high", "threshold 0.04"), ("draft", "threshold 0.04"), (2.0, "threshold 2"), ("lossless", "the decoder itself")],
 )
-def test_one_line_switches_exits_on_and_one_off(fitted: Any, quality: Any, choice: str):
+def test_one_line_switches_exits_on_and_one_off(fitted, quality, choice):
     pipe, folders = fitted
     decoder, latents = pipe.vae.decoder, torch.randn(3, 4, 8, 8)
     with torch.no_grad():
@@ -64,9 +60,7 @@ def test_one_line_switches_exits_on_and_one_off(fitted: Any, quality: Any, choic
         ("fitted", -0.1, OptionError, r"got -0\.1"),
     ],
 )
-def test_a_quality_that_is_not_granted_changes_nothing(
-    fitted: Any, folder: str, quality: Any, error: type[Exception], message: str
-):
+def test_a_quality_that_is_not_granted_changes_nothing(fitted, folder, quality, error, message):
     pipe, folders = fitted
     decoder = pipe.vae.decoder
     with pytest.raises(error, match=message):
@@ -74,7 +68,7 @@ def test_a_quality_that_is_not_granted_changes_nothing(
     assert pipe.vae.decoder is decoder
 
 
-def test_a_pipeline_without_a_known_decoder_is_refused_with_advice(fitted: Any):
+def test_a_pipeline_without_a_known_decoder_is_refused_with_advice(fitted):
     pipe = SimpleNamespace(components={"unet": nn.Conv2d(3, 3, 1)})
     for call in (retroexit.disable, retroexit.summary, lambda p: retroexit.enable(p, fitted[1]["fitted"])):
         with pytest.raises(GeneratorError, match=r"got a SimpleNamespace with \{'unet': 'Conv2d'\}.*retroexit\.load"):

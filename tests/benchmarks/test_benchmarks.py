@@ -1,31 +1,18 @@
-"""The benchmarks start; those of retrieval and guidance run on a tiny generator."""
+"""The benchmarks start; that of guidance runs on a tiny generator."""
 
 import argparse
 import importlib
 import json
 import sys
-from typing import ClassVar
 
 import guidance_gain
 import numpy as np
 import promises
 import pytest
-import retrieval
 import torch
 from gain.training import noise, shuffled
 
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.plugins import host
-from retroexit.retrieval import ExactRetriever
-
-
-class Careless(ExactRetriever):
-    """Returns the first keys for every query, like a poor third-party back-end."""
-
-    name: ClassVar[str] = "careless"
-
-    def _search(self, queries, k):
-        return np.tile(np.arange(k), (len(queries), 1))
 
 
 def test_the_gain_of_guidance_is_measured_and_resumed(tmp_path, capsys):
@@ -61,25 +48,7 @@ def test_controls_are_guides_of_other_inputs_or_noise_like_a_guide():
     torch.testing.assert_close(drawn(rows).std((0, 2, 3)), guides.std((0, 2, 3)), atol=0, rtol=0.1)
 
 
-def test_back_ends_are_compared_by_recall_time_and_image_loss(tmp_path, capsys, monkeypatch):
-    made = {"exact": ExactRetriever, "careless": Careless}
-    monkeypatch.setattr(type(host()), "retriever", lambda self, name: made[name])
-    monkeypatch.setattr(retrieval, "memory", lambda names, keys: dict.fromkeys(names, 1.5))
-    words = ["--case", "tiny", "--sizes", "32", "128", "--backends", "exact", "careless", "--steps", "2"]
-    words += ["--repeats", "2", "--images", "4"]
-    words += ["--json", str(tmp_path / "rows.json")]
-    retrieval.main(words)
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [(row["backend"], row["keys"]) for row in rows] == [(name, size) for size in (32, 128) for name in made]
-    for exact, careless in zip(rows[::2], rows[1::2], strict=True):
-        for kind in ("held out", "new noise"):
-            assert exact[kind]["recall"] == 1.0 and careless[kind]["recall"] < 0.3
-            assert exact[kind]["losses"] != careless[kind]["losses"] and len(exact[kind]["losses"]) == 2
-            assert 0 < exact[kind]["ms_p10"] <= exact[kind]["ms"] <= exact[kind]["ms_p90"]
-    assert "MB in memory" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["paper_tables", "zoo"])
+@pytest.mark.parametrize("name", ["paper_tables", "retrieval", "zoo"])
 def test_a_benchmark_shows_its_options(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as ended:

@@ -211,7 +211,7 @@ def test_a_returned_state_is_named_and_how_to_drop_it(as_dict, image, entry):
     with pytest.warns(RetroExitWarning, match=rf"output .*: {entry}\. They hold \d widths .*% of its MACs"):
         fixed = pins(Recurrent(as_dict), "stem", image=image)
     assert {pin.parameter for pin in fixed} == {"state.weight", "state.bias", "rgb.weight"}
-    assert all(re.search(f"output's entry {entry}, .*returns the image alone", str(pin)) for pin in fixed)
+    assert all(re.search(f"output's entry {entry}, .*image_only=True", str(pin)) for pin in fixed)
 
 
 class ImageAlone(nn.Module):

@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import retroexit
-from retroexit.branch.subpixel import pixel_shuffle, pixel_unshuffle
-from tests.toys import TOYS
+from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
+from retroexit.core.modules import count_macs
+from retroexit.plugins import host
+from tests.toys import TOYS, Distance, conv
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -38,7 +40,7 @@ def upsampler(**options):
 
 
 def wrapped(generator, *inputs, **options):
-    options = {"attach_at": ["blocks.0"], "branch": "subpixel", "macs": 0.6, **options}
+    options = {"attach_at": ["blocks.0"], "branch": "subpixel", "macs": 0.6, "image_range": (-1, 1), **options}
     return retroexit.wrap(generator, example_inputs=inputs, **options)
 
 
@@ -96,3 +98,209 @@ def test_save_load_deepcopy_and_pickle_keep_every_bit(tmp_path):
         assert torch.equal(other(x, exit=1), image)
         assert other.exits == model.exits
         assert other.branches[0].plan == model.branches[0].plan
+
+
+class CausalVideo(nn.Module):
+    """Frames ``1 + 4 (t - 1)`` and pictures twice as large from ``t`` latent frames; no frame reads later ones."""
+
+    def __init__(self, is_causal=True):
+        super().__init__()
+        self.pad = (2, 0) if is_causal else (1, 1)
+        self.stem, self.rgb = nn.Conv3d(4, 12, (3, 1, 1)), nn.Conv3d(12, 3, 1)
+        self.blocks = nn.ModuleList(nn.Conv3d(12, 12, (3, 3, 3), padding=(0, 1, 1)) for _ in range(3))
+
+    def conv(self, layer, x):
+        return torch.relu(layer(F.pad(x, (0, 0, 0, 0, *self.pad))))
+
+    def forward(self, x):
+        h = self.conv(self.blocks[0], self.conv(self.stem, x))
+        for block, pictures in zip(self.blocks[1:], (2, 1), strict=True):
+            h = h.repeat_interleave(2, 2)[:, :, 1:]  # the first frame stays one
+            h = self.conv(block, F.interpolate(h, scale_factor=(1, pictures, pictures)))
+        return self.rgb(h)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_branch_is_causal_where_the_decoder_is(is_causal):
+    torch.manual_seed(0)
+    generator = CausalVideo(is_causal).eval()
+    x = torch.randn(1, 4, 3, 4, 4)
+    model = wrapped(generator, x)
+    assert model.branches[0].plan["causal"] is is_causal
+    later = x.clone()
+    later[:, :, 2:] += 1
+    for frames in (3, 2, 1) if is_causal else (3,):
+        part = x[:, :, :frames]
+        assert model.branches[0](model.features(part)[0]).shape == generator(part).shape == (1, 3, 4 * frames - 3, 8, 8)
+    before, after = model(x, exit=1), model(later, exit=1)
+    assert torch.equal(before[:, :, :5], after[:, :, :5]) is is_causal
+    assert not torch.equal(before[:, :, 5:], after[:, :, 5:])
+
+
+class WithLiveValues(nn.Module):
+    """A stage that also reads a map, labels without a channel axis, a style vector and a skip from the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.blocks = conv(4, 16), nn.ModuleList(conv(16, 16) for _ in range(2))
+        self.style, self.mask, self.rgb = nn.Linear(6, 16), conv(2, 16, 1), conv(16, 3)
+
+    def forward(self, x, mask, labels, z):
+        skip = torch.relu(self.stem(x))
+        h = torch.relu(self.blocks[0](skip))
+        h = h * (1 + self.style(z)[:, :, None, None]) + labels[:, None]
+        h = self.blocks[1](h) + F.interpolate(skip, scale_factor=1.0)
+        return self.rgb(F.interpolate(h, scale_factor=2.0) + self.mask(mask))
+
+
+def test_live_maps_labels_and_vectors_change_the_image():
+    torch.manual_seed(0)
+    values = [torch.rand(2, 4, 8, 8), torch.rand(2, 2, 16, 16), torch.randint(3, (2, 8, 8)), torch.randn(2, 6)]
+    model = wrapped(WithLiveValues().eval(), *values, macs=0.9)
+    names = {
+        kind for level in model.branches[0].levels for kind in map(lambda m: type(m).__name__, level.live.values())
+    }
+    assert names == {"_LiveMap", "_LiveVector"}
+    image = model(*values, exit=1)
+    for position in (1, 2, 3):
+        changed = list(values)
+        changed[position] = values[position] + 1
+        assert not torch.equal(model(*changed, exit=1), image), position
+    torch.testing.assert_close(model(*(v[1:] for v in values), exit=1), image[1:])
+
+
+@pytest.mark.parametrize("macs", [0.4, 0.6, 0.9])
+@pytest.mark.parametrize("channels", [16, 48])
+def test_a_route_costs_at_most_its_target_and_nearly_that(macs, channels):
+    x = torch.rand(2, 4, 8, 8)
+    model = wrapped(upsampler(channels=channels), x, macs=macs)
+    share = count_macs(model, x, exit=1) / count_macs(model, x)
+    assert share == pytest.approx(model.exits[0].share)
+    assert 0.5 * macs < share <= macs
+
+
+@pytest.mark.parametrize("scale", [1 / 2, 1 / 4])
+def test_without_a_target_it_costs_at_most_what_the_copy_costs(scale):
+    x = torch.rand(2, 4, 8, 8)
+    copy_, subpixel = (
+        wrapped(upsampler(channels=32), x, branch=kind, macs=None, scale=scale, min_channels=4)
+        for kind in ("copy", "subpixel")
+    )
+    assert subpixel.exits[0].macs <= copy_.exits[0].macs
+
+
+def test_it_takes_a_guide():
+    x = torch.rand(2, 4, 8, 8)
+    model = wrapped(upsampler(), x, guidance=retroexit.Guidance())
+    branch, feature = model.branches[0], model.features(x)[0]
+    shape = model.decomposition.taps.guide
+    guides = [torch.rand(2, shape.channels, *shape.size) for _ in range(2)]
+    one, other = (branch(feature, guide=guide) for guide in guides)
+    assert one.shape == model(x).shape
+    assert not torch.equal(one, other)
+
+
+def test_a_fresh_branch_paints_the_mean_colour():
+    x = torch.rand(2, 4, 6, 6)
+    model = wrapped(upsampler(), x)
+    with torch.no_grad():
+        difference = model(x[:1], exit=1) - model(x[:1]).mean((2, 3), keepdim=True)
+    assert float(difference.abs().max()) < 0.2
+
+
+def test_it_can_be_exported_compiled_and_converted():
+    generator, x = upsampler(), torch.rand(2, 4, 6, 6)
+    model = wrapped(generator, x)
+    branch, feature = model.branches[0], model.features(x)[0]
+    sizes = {0: torch.export.Dim("n", min=1, max=9), 2: torch.export.Dim("h", min=2, max=64)}
+    program = torch.export.export(branch, (feature,), dynamic_shapes=(sizes,))
+    other = torch.rand(3, 16, 9, 6)
+    torch.testing.assert_close(program.module()(other), branch(other))
+    compiled = torch.compile(branch, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(other), branch(other))
+    assert "refine" in branch.code
+    model.to(torch.bfloat16)
+    assert model(x.bfloat16(), exit=1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"macs": 0.01}, "costs at least [0-9,]+ MACs, got a limit of [0-9,]+ behind .* Pass a larger macs or scale"),
+        ({"macs": 1.5}, r"macs must be a share of the backbone in \(0, 1\), got 1.5"),
+        ({"macs": [0.5, 0.6]}, r"macs must be one value or one per attach point \(1\), got 2"),
+        ({"branch": "copy", "scale": 0.5}, "macs must be left out for branch='copy', got 0.6"),
+        ({"branch": "copy", "macs": None}, "scale must be in .*, got None"),
+        ({"branch": "sub-pixel"}, "no branch kind 'sub-pixel'; closest: 'subpixel'"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(retroexit.errors.RetroExitError, match=message):
+        wrapped(upsampler(), torch.rand(2, 4, 6, 6), **options)
+
+
+def test_an_image_with_other_axes_than_the_feature_is_refused():
+    class Flat(Upsampler):
+        def forward(self, x):
+            return super().forward(x).mean(1).flatten(1)[:, None, None]
+
+    with pytest.raises(retroexit.errors.BranchError, match=r"axes of the feature, got .* Pass branch='copy' here"):
+        wrapped(Flat(axes=1, factors=(2, 2)).eval(), torch.rand(2, 4, 6))
+
+
+def test_auto_takes_the_copy_unless_it_saves_little_and_says_why(tmp_path):
+    x, options = torch.rand(2, 4, 6, 6), {"branch": "auto", "macs": None, "min_channels": 4}
+    model = wrapped(upsampler(), x, scale=0.5, **options)
+    assert model.exits[0].kind == "copy"
+    assert "exit 1: copy, because the copy saves" in str(model)
+    model = wrapped(upsampler(), x, scale=1.0, **options)
+    assert "exit 1: subpixel, because the copy saves 0% behind the attach point" in str(model)
+    model.save(tmp_path)
+    assert retroexit.load(tmp_path, upsampler(), (x,)).exits == model.exits
+
+
+def refuse(*_args, **_options):
+    raise retroexit.errors.BranchError("the copy is pinned. Do something.")
+
+
+def test_where_no_copy_can_be_built_auto_takes_the_other_and_copy_advises_it(monkeypatch):
+    offers = host()._offered("retroexit_branch_kinds")
+    monkeypatch.setitem(offers, "copy", (refuse, offers["copy"][1]))
+    x, options = torch.rand(2, 4, 6, 6), {"macs": None, "scale": 0.5, "min_channels": 4}
+    model = wrapped(upsampler(), x, branch="auto", **options)
+    assert model.exits[0].why == "no copy can be built: the copy is pinned"
+    with pytest.raises(retroexit.errors.BranchError, match=r"Do something\. Or pass branch='subpixel', which needs"):
+        wrapped(upsampler(), x, branch="copy", **options)
+
+
+QUICK = {"metric": Distance(), "losses": {"l1": 1.0}, "predictor_steps": 2, "batch": 4, "progress": False}
+
+
+def test_a_fit_starts_in_closed_form_and_reduces_the_loss(tmp_path):
+    generator, samples = upsampler(), list(torch.rand(16, 4, 8, 8))
+    model, x = wrapped(generator, torch.stack(samples[:2])), torch.rand(8, 4, 8, 8)
+
+    def loss():
+        with torch.no_grad():
+            return float((model(x, exit=1) - model(x)).abs().mean())
+
+    fresh = loss()
+    retroexit.fit(model, samples, tmp_path / "start", steps=1, lr=1e-9, **QUICK)
+    started = loss()
+    model = wrapped(generator, x[:2])
+    retroexit.fit(model, samples, tmp_path / "fit", steps=60, **QUICK)
+    assert loss() < 0.9 * started < 0.9 * 0.7 * fresh
+
+
+def test_a_pilot_decides_what_auto_leaves_open_and_a_resumed_fit_reads_it(tmp_path):
+    generator, samples = upsampler(), list(torch.rand(12, 4, 8, 8))
+    options = {"branch": "auto", "macs": None, "scale": 0.5, "min_channels": 4}
+    images = []
+    for _ in range(2):
+        model = wrapped(generator, torch.stack(samples[:2]), **options)
+        retroexit.fit(model, samples, tmp_path, steps=20, **QUICK)
+        assert "in a pilot of 1 steps, the" in model.exits[0].why
+        assert model.exits[0].macs == count_macs(model, samples[0][None], exit=1)
+        images.append(model(samples[0][None], exit=1))
+    assert torch.equal(*images)
+    assert torch.equal(retroexit.load(tmp_path, generator)(samples[0][None], exit=1), images[0])

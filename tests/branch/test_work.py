@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import retroexit
-from retroexit.errors import RetroExitWarning
+from retroexit.errors import RetroExitError, RetroExitWarning
 
 
 class Dense(nn.Module):
@@ -97,3 +97,111 @@ class Cached(nn.Module):
 def test_outputs_beside_the_image_that_hold_widths_are_named_with_their_cost(keep, entries):
     with pytest.warns(RetroExitWarning, match=rf"(?s)output .*{entries}.* widths .*% of its MACs"):
         wrap(Cached(keep), torch.rand(1, 3, 8, 8), exits=("up.0",))
+
+
+class Steered(Cached):
+    """Reads a number out of the data, so that its forward runs again behind the cut."""
+
+    def forward(self, x):
+        image, cache = super().forward(x)
+        return (image if float(image.detach().mean()) > -1e9 else -image), cache
+
+
+@pytest.mark.parametrize("kind", [Cached, Steered])
+def test_exits_that_give_the_image_alone_are_held_by_nothing_else(kind, tmp_path):
+    generator, x = kind(4).eval(), torch.rand(2, 3, 8, 8)
+    options = {"min_channels": 4, "example_inputs": (x,), "image": 0, "image_only": True}
+    model = retroexit.wrap(generator, ["up.0"], 1 / 4, **options)
+    image, cache = model(x, exit=1)
+    assert model.branches[0].pins == () and cache == {f"up{i}": None for i in range(4)}
+    model.save(tmp_path / "m")
+    assert torch.equal(retroexit.load(tmp_path / "m", generator)(x, exit=1)[0], image)
+    full = retroexit.wrap(generator, ["up.0"], 1.0, **options)
+    assert torch.equal(full(x, exit=1)[0], generator(x)[0])
+    assert full(x)[1]["up3"].shape == (2, 32, 8, 8)
+
+
+class Tokens(nn.Module):
+    """A map that is the feature, with a long skip of tokens ``(N, L, C)`` or of a signal ``(N, C, L)``."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.last, self.stem, self.mix = last, nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+        self.out = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        side = self.mix(x.flatten(2).transpose(1, 2))
+        side = side if self.last else side.transpose(1, 2)
+        for block in self.blocks:
+            x = x + block(x).relu()
+        return self.out(x + (side.transpose(1, 2) if self.last else side).view(x.shape))
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["tokens", "signal"])
+def test_tokens_and_signals_enter_through_a_projection(last, tmp_path):
+    generator, x = Tokens(last).eval(), torch.rand(2, 3, 8, 8)
+    model = wrap(generator, x, exits=("blocks.0",))
+    branch, image = model.branches[0], model(x, exit=1)
+    assert branch.plan.live == {0: 4, 1: 4} and len(branch.plan.tokens) == last and not branch.pins
+    model.save(tmp_path / "m")
+    assert torch.equal(retroexit.load(tmp_path / "m", generator)(x, exit=1), image)
+    assert torch.equal(wrap(generator, x, scale=1.0, exits=("blocks.0",))(x, exit=1), generator(x))
+
+
+class Folding(nn.Module):
+    """Folds its channels by a number that its code has, in every block."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.out = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 3, 1)
+        self.blocks = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x).view(x.shape[0], 32, -1).view(x.shape)
+        return self.out(x)
+
+
+def test_an_exit_that_saves_next_to_nothing_is_said_so_with_cause_and_remedy():
+    with pytest.warns(RetroExitWarning, match=r"saves \d% .*fixed by .*test_work.py:\d+: .*view.*branch='subpixel'"):
+        wrap(Folding(), torch.rand(1, 3, 8, 8), exits=("blocks.0",))
+
+
+class Refusing(nn.Module):
+    """Raises where it is copied, or runs on other numbers of channels or samples than two of 32."""
+
+    def __init__(self, where, error):
+        super().__init__()
+        self.where, self.error, self.conv = where, error, nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x):
+        if (self.where == "channels" and x.shape[1] < 32) or (self.where == "samples" and len(x) != 2):
+            raise self.error
+        return self.conv(x)
+
+    def __deepcopy__(self, memo):
+        if self.where == "copy":
+            raise self.error
+        copied = Refusing(self.where, self.error)
+        copied.conv = copy.deepcopy(self.conv, memo)
+        return copied
+
+
+ERRORS = (StopIteration(), KeyError(8), AssertionError("no"), IndexError(), NotImplementedError("a"), MemoryError())
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(("where", "says"), [("channels", "on other sizes"), ("copy", "in copies"), ("samples", "")])
+def test_what_the_generator_raises_on_the_way_is_named_by_its_line_or_does_not_matter(where, says, error):
+    generator = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 1), Refusing(where, error), nn.Conv2d(32, 3, 1))
+    x = torch.rand(2, 3, 8, 8)
+    if says:
+        with pytest.raises(
+            RetroExitError, match=rf"{says}, got {type(error).__name__}: .*test_work.py:\d+: raise self.error"
+        ):
+            wrap(generator, x, exits=("0",))
+    else:
+        assert wrap(generator, x, exits=("0",)).branches[0].plan.shapes["2.conv.weight"][0] == 8

@@ -20,7 +20,7 @@ def _predicted(samples=400):
 
 def _latency(batch=2, times=(5.0, 8.0, 12.0, 20.0)):
     device = time_exits(lambda k: None, 1, 1, torch.device("cpu"), 1).device
-    return Latency(times, times, batch, device, torch.get_num_threads(), 10)
+    return Latency(times, batch, device, torch.get_num_threads())
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.15, 0.4, 0.75, 1.0, 1.2])
@@ -145,9 +145,8 @@ def test_times_are_measured_on_routed_calls_of_this_batch(routed, guided):
     model = routed(guided)
     z, w = torch.rand(3, 4, 4, 4), torch.rand(3, 5)
     latency = model.measure_latency(z, w, runs=3)
-    assert latency is model.latency and (latency.batch, latency.runs) == (3, 3)
-    assert len(latency.milliseconds) == 4 and min(latency.median) > 0
-    assert all(high >= middle for high, middle in zip(latency.milliseconds, latency.median, strict=True))
+    assert latency is model.latency and latency.batch == 3
+    assert len(latency.milliseconds) == 4 and min(latency.milliseconds) > 0
     assert model.predictor.rows == [3] * 20
     assert model.router.ood_counter.seen == 0
     assert Latency.from_json(latency.to_json()) == latency

@@ -89,7 +89,7 @@ def test_an_interrupted_fit_may_go_on_with_other_checkpoints(tmp_path, uninterru
 def test_a_resumed_fit_does_not_reconstruct_its_branches_again(tmp_path, monkeypatch):
     with interrupted(BranchTrainer, "advance", 4):
         fit_one("inherited", tmp_path)
-    monkeypatch.setattr("retroexit.training.initialise.reconstruct", None)  # calling it would fail
+    monkeypatch.setattr("retroexit.branch.copy.CopyBranch.start", None)  # calling it would fail
     fit_one("inherited", tmp_path)
 
 

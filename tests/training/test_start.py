@@ -76,8 +76,7 @@ def test_the_feature_distance_is_that_of_a_loop_over_the_layers():
     branch, distance = model.branches[0], FeatureDistance(model, 0, 0.5)
     assert distance.paths == ["stages.1.conv", "stages.2.conv", "rgb"]
     values = model.split.crossing(model.split.begin((latents(4),), {}).values, 0)
-    distance.run_backbone(values)
-    with distance.capture_branch():
+    with distance.capture(values):
         branch(*values)
 
     full, thin = model.split.tail(0), branch.tail

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,7 @@ from retroexit.core.modules import CONVOLUTIONS, clone_module
 from retroexit.core.nested import flatten
 from retroexit.errors import BranchError
 from retroexit.split.rerun import is_fake
-from retroexit.tracing.recorder import is_user_code, show
+from retroexit.tracing.recorder import failure
 
 __all__ = ["Behind", "Chain", "analyse", "int_attributes", "unsuitable"]
 
@@ -146,13 +145,8 @@ def analyse(
 
 def unsuitable(error: Exception) -> BranchError:
     """Name the line of the generator's code that does not run on other sizes."""
-    line = "code that is not Python"
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        if is_user_code(frame.f_code.co_filename):
-            line = show((frame.f_code.co_filename, number))
-    text = (str(error).strip().splitlines() or ["no text"])[0]
     return BranchError(
-        f"the stages after the attach point must run on other sizes, got {type(error).__name__}: {text} at {line}. "
+        f"the stages after the attach point must run on other sizes, got {failure(error)}. "
         "Attach elsewhere, use scale=1, or let an adapter build the stage.",
         error,
     )
@@ -298,8 +292,7 @@ class _SymbolicRun:
         entry = expression(feature.shape[1])
         parameters = [shapes[name] for name, _ in behind.tail.named_parameters()]
         used = symbols_of(entry) | {s for shape in parameters for e in shape for s in symbols_of(e)}
-        products = [p for p in equations.products if symbols_of(p.whole) & used]
-        used |= {s for p in products for s in (p.parts, p.each)}
+        used |= {s for p in equations.products for s in (p.parts, p.each) if symbols_of(p.whole) & used}
         for symbol in equations.values:
             if symbol not in used:
                 fixed.setdefault(symbol, "no parameter has this width")
@@ -317,9 +310,9 @@ class _SymbolicRun:
                 Product(p.each, p.parts, p.whole)
                 if p.each in attributes.values() and p.parts not in attributes.values()
                 else p
-                for p in products
+                for p in equations.products
             ],
-            conditions=[c for c in equations.open_conditions() if symbols_of(c) & used],
+            conditions=equations.open_conditions(),
             lines={s: line for s in symbols.values() if (line := equations.line_of(s)) is not None},
             symbols=symbols,
             live=self._thin_live(live),
@@ -353,7 +346,7 @@ def _output_reasons(output: Any, image: Sequence[Any]) -> list[tuple[Tensor, str
             entry = "".join(f"[{key!r}]" for key in path)
             reason = (
                 f"{OUTPUT}'s entry {entry}, which every exit returns as the backbone does; "
-                "to drop it, wrap a module that returns the image alone"
+                "pass image_only=True to drop it"
             )
             others.append((leaf, reason))
     return [*others, *images]

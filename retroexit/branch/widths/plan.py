@@ -146,8 +146,8 @@ class WidthPlan:
     def narrowed(self, values: Sequence[Tensor]) -> list[Tensor]:
         """Take the first channels of feature and live values, as many as the tail reads."""
         feature, *live = values
-        axes = [2 if i in self.tokens else 1 for i in range(len(live))]
-        live = [v.narrow(a, 0, self.live.get(i, v.shape[a])) for i, (v, a) in enumerate(zip(live, axes, strict=True))]
+        for position, width in self.live.items():
+            live[position] = live[position].narrow(2 if position in self.tokens else 1, 0, width)
         return [feature[:, : self.entry].clone(), *(value.clone() for value in live)]
 
     @property
@@ -195,6 +195,14 @@ class TailWidths:
         """List the symbols that may shrink and occur in a parameter."""
         used = {s for shape in (*self.shapes.values(), (self.entry,)) for e in shape for s in symbols_of(e)}
         return sorted(used - set(self.fixed), key=str)
+
+    def excess(self, rule: Rule) -> float:
+        """Elements of the planned tensors over those that the rule alone would leave."""
+        least = sum(
+            math.prod(rule(n) if (name, axis) in self.symbols else n for axis, n in enumerate(shape))
+            for name, shape in self.original.items()
+        )
+        return self.with_thin_live().plan(rule).numbers / max(least, 1)
 
     def with_thin_live(self) -> TailWidths:
         """Release the widths that live values fix although layers in the tail, or the feature, have them too.

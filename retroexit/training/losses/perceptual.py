@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.core.identity import fingerprint
-from retroexit.errors import MissingExtraError, OptionError, WeightsError, closest
+from retroexit.errors import OptionError, WeightsError, closest
 from retroexit.metrics.base import LastTarget
 from retroexit.metrics.weights import fill_trunk, hub_file
 
@@ -56,7 +56,7 @@ class Perceptual(nn.Module):
     def __init__(self, name: str = "vgg", weights: str | Path | None = None) -> None:
         super().__init__()
         if name not in PERCEPTUAL:
-            raise OptionError(f"no perceptual loss {name!r}; closest: {closest(name, PERCEPTUAL)}", name)
+            raise OptionError(f"no perceptual loss {name!r}; closest: {closest(name, PERCEPTUAL)}")
         self.name, self._network = name, PERCEPTUAL[name]
         self.network = self._network.builder
         self._target = LastTarget()
@@ -64,7 +64,7 @@ class Perceptual(nn.Module):
         self.source = "random numbers, the same everywhere"
         if self._network.net is None:
             if weights is not None:
-                raise OptionError(f"weights must be None for {name!r}, got {weights}", name)
+                raise OptionError(f"weights must be None for {name!r}, got {weights}")
             _fill_randomly(self.trunk)
         else:
             path = _hub_file(name, self._network.net) if weights is None else Path(weights)
@@ -103,10 +103,8 @@ class Perceptual(nn.Module):
 
 def _empty_trunk(network: _Network) -> nn.Sequential:
     """Build the layers up to the last tap, without weights and without drawing random numbers."""
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise MissingExtraError("perceptual losses need torchvision: pip install torchvision") from error
+    from torchvision import models
+
     with torch.device("meta"):
         features = getattr(models, network.builder)(weights=None).features
     trunk: nn.Sequential = features[: max(network.taps) + 1]
@@ -133,13 +131,12 @@ def _hub_file(name: str, net: str) -> Path:
         return hub_file(net, f"the loss {name!r}")
     except WeightsError as error:
         others = ", ".join(repr(other) for other in PERCEPTUAL if other != name and other.startswith("feat"))
-        raise WeightsError(f"{str(error).removesuffix('.')}. Other networks: {others}.", error.subject) from error
+        raise WeightsError(f"{str(error).removesuffix('.')}. Other networks: {others}.") from error
 
 
 def _check(name: str, image: Tensor, smallest: int) -> None:
     if image.dim() != 4 or image.shape[1] not in (1, 3) or min(image.shape[2:]) < smallest:
         raise OptionError(
             f"the loss {name!r} takes images (N, 3, H, W) or (N, 1, H, W) of at least {smallest}x{smallest} "
-            f"pixels, got {tuple(image.shape)}. Train on larger windows, or leave the term out.",
-            image,
+            f"pixels, got {tuple(image.shape)}. Train on larger windows, or leave the term out."
         )

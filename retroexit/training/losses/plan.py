@@ -70,31 +70,24 @@ class LossOptions:
     gaze: nn.Module | None = None
 
 
-def check_weights(losses: object) -> None:
-    """Raise `OptionError` unless ``losses`` has weights >= 0 by name, one of them above 0."""
-    weights = list(losses.values()) if isinstance(losses, Mapping) else []
-    is_valid = all(is_number(weight) and 0 <= weight < math.inf for weight in weights)
-    if not is_valid or not sum(weights) > 0:
-        raise OptionError(f"losses must have weights >= 0 by name, one of them > 0, got {losses!r}", losses)
-
-
 def find_weights(losses: Mapping[str, float] | str, instead: Mapping[str, str] | None = None) -> dict[str, float]:
     """Return the weight of every term by name, after replacements; terms of weight 0 are left out."""
     if isinstance(losses, str):
         if losses not in PRESETS:
             raise OptionError(
-                f"losses must be weights by name or one of {', '.join(map(repr, PRESETS))}, got {losses!r}", losses
+                f"losses must be weights by name or one of {', '.join(map(repr, PRESETS))}, got {losses!r}"
             )
         losses = PRESETS[losses]
-    check_weights(losses)
+    numbers = list(losses.values()) if isinstance(losses, Mapping) else []
+    if not all(is_number(number) and 0 <= number < math.inf for number in numbers) or not sum(numbers) > 0:
+        raise OptionError(f"losses must have weights >= 0 by name, one of them > 0, got {losses!r}")
     weights = {name: float(weight) for name, weight in losses.items() if weight > 0}
     instead = instead or {}
     for name, other in instead.items():
         if name not in weights or other in weights:
             raise OptionError(
                 f"instead must replace one of the losses {', '.join(weights)} by another one, got {other!r} "
-                f"instead of {name!r}",
-                instead,
+                f"instead of {name!r}"
             )
     return {instead.get(name, name): weight for name, weight in weights.items()}
 
@@ -113,7 +106,7 @@ class LossPlan:
 
     def __post_init__(self) -> None:
         if self.equalise < 0:
-            raise OptionError(f"equalise must be >= 0, got {self.equalise}", self.equalise)
+            raise OptionError(f"equalise must be >= 0, got {self.equalise}")
         competes = self.discriminator is not None and self.objective is not None
         for name in self.weights:
             is_adversarial = name in (ADVERSARIAL, FEATURE_MATCHING)
@@ -123,8 +116,7 @@ class LossPlan:
             part = "a discriminator" if is_adversarial else "a gaze network" if name == GAZE else "a term"
             argument = "discriminator" if is_adversarial else "gaze" if name == GAZE else "terms"
             raise OptionError(
-                f"the loss {name!r} needs {part}, got none. Pass {argument}=..., or leave the term out: losses={rest}.",
-                name,
+                f"the loss {name!r} needs {part}, got none. Pass {argument}=..., or leave the term out: losses={rest}."
             )
 
     def for_branch(self) -> TrainingLoss:
@@ -199,7 +191,7 @@ def _terms(
 ) -> dict[str, Term | BatchTerm]:
     for name in files:
         if name not in weights:
-            raise OptionError(f"loss_weights must name one of {', '.join(weights)}, got {name!r}", files)
+            raise OptionError(f"loss_weights must name one of {', '.join(weights)}, got {name!r}")
     terms: dict[str, Term | BatchTerm] = {}
     for name in weights:
         if name in (ADVERSARIAL, FEATURE_MATCHING, GAZE) or (missing and name in missing):
@@ -230,7 +222,7 @@ def _discriminator(
     if source is None or isinstance(source, nn.Module):
         return source
     if not isinstance(source, (str, Path)):
-        raise OptionError(f"discriminator must be a module, a file, 'auto' or None, got {source!r}", source)
+        raise OptionError(f"discriminator must be a module, a file, 'auto' or None, got {source!r}")
     module = None if description is None else _described_discriminator(description, generator)
     if source == "auto":
         if module is not None:
@@ -243,8 +235,7 @@ def _discriminator(
     if module is None:
         raise OptionError(
             f"no adapter makes a discriminator for {type(generator).__name__} to load {str(source)!r} into. "
-            "Pass discriminator=module.",
-            source,
+            "Pass discriminator=module."
         )
     path, advice = Path(source), f"Pass a file with a state dict of {type(module).__name__} as discriminator."
     state = read_torch(path, advice, WeightsError)
@@ -261,9 +252,9 @@ def _described_discriminator(description: Description, generator: nn.Module) -> 
     try:
         module: Any = description.discriminator(generator)
     except Exception as error:
-        raise PluginError(f"{owner} raised {type(error).__name__}: {error}. {advice}", description) from error
+        raise PluginError(f"{owner} raised {type(error).__name__}: {error}. {advice}") from error
     if not isinstance(module, nn.Module):
-        raise PluginError(f"{owner} must be a torch.nn.Module, got a {type(module).__name__}", description)
+        raise PluginError(f"{owner} must be a torch.nn.Module, got a {type(module).__name__}")
     return module
 
 
@@ -330,7 +321,6 @@ def _value(name: str, term: Term | BatchTerm, batch: TrainingBatch) -> Tensor:
         raise TrainingError(
             f"the loss {name!r} must return a scalar or one number per image, got "
             f"{tuple(value.shape) if isinstance(value, Tensor) else value!r} for images of shape "
-            f"{tuple(batch.image.shape)}. Report this to the authors of the plug-in.",
-            term,
+            f"{tuple(batch.image.shape)}. Report this to the authors of the plug-in."
         )
     return value.float().mean()

@@ -52,8 +52,7 @@ class Gaze:
             raise TrainingError(
                 f"the gaze network must be differentiable from image to gaze, got "
                 f"{'outputs without gradient' if outputs else 'no floating point output'} from "
-                f"{type(self.network).__name__}. Pass another network as gaze=module.",
-                self.network,
+                f"{type(self.network).__name__}. Pass another network as gaze=module."
             )
         with torch.no_grad():
             targets = [x for x in tensors(self.network(target)) if x.is_floating_point()]
@@ -104,8 +103,7 @@ class Equaliser:
             raise CheckpointError(
                 f"the checkpoint must have equalised weights of {', '.join(self.names)}, got "
                 f"{'none' if squares is None else f'{squares.numel()} terms'}. Use another folder, or the "
-                "losses of the first run.",
-                state,
+                "losses of the first run."
             )
         self._squares, self._count = squares.to("cpu", torch.float64).clone(), int(count)
 
@@ -166,8 +164,7 @@ def find_objective(objective: Objective | str) -> Objective:
         return objective
     raise OptionError(
         f"adversarial must be {' or '.join(map(repr, OBJECTIVES))}, or an object with of_branch and "
-        f"of_discriminator, got {objective!r}",
-        objective,
+        f"of_discriminator, got {objective!r}"
     )
 
 
@@ -200,8 +197,7 @@ def capture_features(module: nn.Module, call: Callable[[], Any]) -> Discriminato
     if scales is None:
         raise TrainingError(
             "a discriminator must return a tensor of scores, a list that ends with the score, or a list of "
-            f"such lists, got a {type(output).__name__} from {type(module).__name__}",
-            module,
+            f"such lists, got a {type(output).__name__} from {type(module).__name__}"
         )
     scores, features = [scale[-1] for scale in scales], [scale[:-1] for scale in scales]
     if not any(features):
@@ -275,8 +271,7 @@ class Adversary:
         if not torch.isfinite(total):
             raise TrainingError(
                 f"the loss of the discriminator became {float(total.detach())} at its step {self.steps}: "
-                f"{parts}. Lower discriminator_lr, now {self.lr:g}.",
-                self.module,
+                f"{parts}. Lower discriminator_lr, now {self.lr:g}."
             )
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -300,8 +295,7 @@ class Adversary:
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint must have the state of the discriminator {type(self.module).__name__}, got another "
-                f"one ({' '.join(str(error).split())}). Use another folder, or the discriminator of the first run.",
-                state,
+                f"one ({' '.join(str(error).split())}). Use another folder, or the discriminator of the first run."
             ) from error
         self.steps = steps
         self.optimizer.state.clear()
@@ -337,8 +331,7 @@ class FeatureMatching:
         if not pairs:
             raise TrainingError(
                 f"feature matching needs features between image and score, got none from "
-                f"{type(self.adversary.module).__name__}. Return a list that ends with the score.",
-                self.adversary.module,
+                f"{type(self.adversary.module).__name__}. Return a list that ends with the score."
             )
         return torch.stack([F.l1_loss(a.float(), b.float()) for a, b in pairs]).mean()
 
