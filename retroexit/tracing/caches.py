@@ -25,7 +25,7 @@ _MOST = 16  # attributes that are tried one by one
 
 @contextmanager
 def kept_state(generator: nn.Module) -> Iterator[None]:
-    """Restore attributes, dicts, lists and buffers of all modules that change inside the block; no values."""
+    """Restore what holds tensors in all modules and changes inside the block: attributes, dicts, lists, buffers."""
     changing = (torch.jit.ScriptModule, LazyModuleMixin)
     modules = [module for module in generator.modules() if not isinstance(module, changing)]
     saved = [(vars(module), dict(vars(module)), _contents(module)) for module in modules]
@@ -34,9 +34,10 @@ def kept_state(generator: nn.Module) -> Iterator[None]:
     finally:
         for now, before, contents in saved:
             for name in now.keys() - before.keys():
-                del now[name]
+                if tensors(now[name]):
+                    del now[name]
             for name, value in before.items():
-                if now.get(name, None) is not value:
+                if now.get(name) is not value and tensors([now.get(name), value]):
                     now[name] = value
             for container, content in contents:
                 _refill(container, content)
@@ -72,7 +73,8 @@ def without_caches(generator: nn.Module, recording: Recording, record_again: Cal
         A recording with the same output in which the forward fills its caches, or the first one.
     """
     frozen = _frozen(recording)
-    owners = [(module, name, how) for module in generator.modules() for name, how in _owned(module, frozen)]
+    modules = [module for module in generator.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    owners = [(module, name, how) for module in modules for name, how in _owned(module, frozen)]
     if not owners:
         return recording
 
