@@ -167,6 +167,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "reload equal" if row.get("reload") == "" else "RELOAD DIFFERS",
         *(f"{step} {_WORDS[row.get(step)]}" for step in ("size", "half")),
         " ".join(f"exit 1 {b['shares'][0]:.0%} at {b['shares'][1]:.0%}" for b in _first_exits(row)),
+        *(f"sub-pixel {pair[0]:.0%} at {pair[1]:.0%}" for pair in [row.get("subpixel")] if pair),
         f"batch {batch:.0e}" if isinstance(batch, float) else f"batch {batch}",
         f"{row['seconds']:.1f} s",
         f"{row['memory'][0]:.0f} MiB for {row['memory'][1]:.0f}",
@@ -180,6 +181,14 @@ def _first_exits(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The first exit at the thinnest scale."""
     thinnest = min((b["scale"] for b in row["branches"]), default=0)
     return [b for b in row["branches"] if b["scale"] == thinnest][:1]
+
+
+def _is_near(row: dict[str, Any]) -> bool:
+    """Return whether exit 1, as a thin copy or else as a sub-pixel branch, costs little more than its attach point."""
+    if any(b["is_near"] for b in _first_exits(row)):
+        return True
+    exit, place = row.get("subpixel") or (1.0, 0.0)
+    return exit <= 1.3 * place + 0.05
 
 
 def _pair(values: list[int]) -> str:
@@ -198,7 +207,7 @@ def _totals(rows: list[dict[str, Any]]) -> list[str]:
         ("gradients everywhere", [not branch["unreached"] and not branch["error"] for branch in branches]),
         ("equal at another size", [row["size"] for row in rows if row.get("size") is not None]),
         ("equal in bfloat16", [row["half"] for row in rows if row.get("half") is not None]),
-        ("exit 1 near its attach point", [b["is_near"] for row in rows for b in _first_exits(row)]),
+        ("exit 1 near its attach point", [_is_near(row) for row in rows if row["branches"]]),
         ("batch of two alike", [row["batch"] < 1e-3 for row in rows if row.get("batch") is not None]),
     ]
     return [f"{what}: {sum(good)} of {len(good)} ({sum(good) / max(1, len(good)):.1%})" for what, good in counts]

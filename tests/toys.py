@@ -399,7 +399,7 @@ class _Sum(nn.Module):
 @toy
 def scripted_child():
     toy = chain(lambda i, o, up: nn.Sequential(Block(i, o, up), torch.jit.script(_Sum(o))))
-    return replace(toy, pinned="the scripted module blocks.1.1")
+    return replace(toy, pinned="code that is not Python")
 
 
 # Blocks in a chain.

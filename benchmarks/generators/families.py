@@ -236,7 +236,7 @@ class Srvgg(nn.Module):
 class FlatDcgan(nn.Module):
     """The generator of DCGAN: one sequence of transposed convolutions, norms and activations (Radford et al., 2016)."""
 
-    def __init__(self, width: int = 16) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         widths = [24, *(width * 2**i for i in (3, 2, 1, 0))]
         layers: list[nn.Module] = []
@@ -268,7 +268,7 @@ class _SoundBlock(nn.Module):
 class HifiGan(nn.Module):
     """Transposed convolutions, behind each several residual blocks side by side (Kong et al., 2020)."""
 
-    def __init__(self, width: int = 64, rates: tuple[int, ...] = (4, 4, 2)) -> None:
+    def __init__(self, width: int = 128, rates: tuple[int, ...] = (4, 4, 2)) -> None:
         super().__init__()
         self.conv_pre = nn.Conv1d(20, width, 7, padding=3)
         self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
@@ -488,7 +488,7 @@ ENTRIES = (
     Entry("srvgg-like", _make(Srvgg, (3, 16, 16)), "?body.0 body.2 body.4 body.6 body.8 body.10 body.12 ?body.14"),
     Entry("dcgan-flat", _make(FlatDcgan, (24, 1, 1)), "?main.0 main.3 main.6 main.9"),
     # Residual blocks run beside each other, so that none is a place.
-    Entry("hifigan-like", _make(HifiGan, (20, 12)), "?conv_pre ups.{0-2}"),
+    Entry("hifigan-like", _make(HifiGan, (20, 12)), "?conv_pre ups.{0-2}", floor=4),
     Entry("vocos-like", _make(Vocos, (20, 24)), "?embed convnext.{0-3}"),
     Entry("named-maps", _make(NamedLevels, (3, 32, 32)), "decoder.level_{3-0}", image="image"),
     Entry("grids-in-buffers", _make(lambda: Coordinates(True), (64, 4, 4)), "blocks.{0-2}"),

@@ -74,6 +74,7 @@ class Row:
     copies: str | None = None  # what differs in a copy of the model, empty if nothing
     size: bool | None = None  # equal to the generator at another size; None if it takes no other
     half: bool | None = None  # the same in bfloat16; None if it does not run in that
+    subpixel: tuple[float, float] | None = None  # shares of a sub-pixel branch, where the first copy is not near
     seconds: float = 0.0  # to wrap at the first scale
     memory: tuple[float, float] = (0.0, 0.0)  # MiB: peak while wrapping, and the model's own size
     errors: dict[str, str] = field(default_factory=dict)  # by step
@@ -142,6 +143,9 @@ def measure_entry(
         row.copies = attempt("copies", check_copies, everywhere, made)
         if save_to is not None:
             attempt("save", write, everywhere, made, save_to)
+    first = [branch for branch in row.branches if branch.scale == min(scales)][:1]
+    if first and not first[0].is_near:
+        row.subpixel = attempt("subpixel", _subpixel_shares, entry, made, places[:1], tap)
     row.self_test = bool(attempt("self-test", _full_width_equals, entry, made, places, tap, before))
     return row
 
@@ -288,6 +292,24 @@ def _same_backbone(model: EarlyExitGenerator, made: Made, before: list[Tensor], 
     same = all(torch.equal(a, b) for run in runs for a, b in zip(before, run, strict=True))
     (old, facts), (new, new_facts) = state, _state(model.unwrap())
     return same and facts == new_facts and all(torch.equal(old[name], new[name]) for name in old)
+
+
+def _subpixel_shares(entry: Entry, made: Made, places: list[int], tap: str) -> tuple[float, float]:
+    """Shares of a sub-pixel branch and of its attach point."""
+    model = retroexit.wrap(
+        made.generator,
+        places,
+        branch="subpixel",
+        tap=tap,
+        example_inputs=cloned(made.args),
+        example_kwargs=cloned(made.kwargs),
+        adapter=False,
+        image=entry.image,
+    )
+    exit, tail = model.exits[0], model.branches[0]
+    with torch.no_grad():
+        assert all(t.isfinite().all() for t in tensors(model(*cloned(made.args), exit=1, **cloned(made.kwargs))))
+    return exit.share, exit.share - tail.macs / model.decomposition.backbone_macs
 
 
 def _same_when_wider(model: EarlyExitGenerator, made: Made) -> bool | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 
 __all__ = ["Begun", "SplitGenerator", "Values", "lacks_batch_axis", "places"]
+
+logger = logging.getLogger(__name__)
 
 Values = dict[fx.Node, Any]
 Leaves = list[tuple[tuple[Any, ...], Any]]
@@ -498,19 +501,26 @@ class SplitGenerator:
         )
 
 
-def lacks_batch_axis(generator: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether inputs are one sample, of which the generator takes a batch of one and of two as well."""
+def lacks_batch_axis(generator: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether inputs are one sample, of which the generator takes a batch of one and of two, but no further rows."""
 
-    def render(count: int) -> list[Tensor]:
-        stacked = rebuild((tuple(args), dict(kwargs)), lambda x: torch.stack([x] * count) if torch.is_tensor(x) else x)
+    def render(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        changed = rebuild((tuple(args), dict(kwargs)), lambda x: change(x) if torch.is_tensor(x) else x)
         with torch.no_grad(), unobserved(generator):
-            return tensors(generator(*stacked[0], **stacked[1]))
+            return [x for x in tensors(generator(*changed[0], **changed[1])) if x.dim()]
+
+    def grows(small: list[Tensor], large: list[Tensor]) -> bool:
+        return all((len(a) + 1, *a.shape[1:]) == b.shape for a, b in zip(small, large, strict=True))
 
     try:
-        pairs = list(zip(render(1), render(2), strict=True))
+        if grows([x for x in tensors(output) if x.dim()], render(lambda x: torch.cat([x, x[:1]]) if x.dim() else x)):
+            return False
+    except Exception:
+        logger.debug("the generator does not take one more row", exc_info=True)
+    try:
+        return grows(render(lambda x: x[None]), render(lambda x: torch.stack([x, x])))
     except Exception:
         return False
-    return all((2, *one.shape[1:]) == two.shape for one, two in pairs if one.dim())
 
 
 def places(decoder: Decoder, stages: Iterable[Stage], tap: Literal["after", "before"]) -> list[tuple[Stage, Cut]]:

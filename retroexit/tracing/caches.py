@@ -30,7 +30,8 @@ def without_caches(generator: nn.Module, recording: Recording, record_again: Cal
         A recording with the same output in which the forward fills its caches, or the first one.
     """
     frozen = _frozen(recording)
-    owners = [(module, name, how) for module in generator.modules() for name, how in _owned(module, frozen)]
+    modules = [module for module in generator.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    owners = [(module, name, how) for module in modules for name, how in _owned(module, frozen)]
     if not owners:
         return recording
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from retroexit.core.nested import tensors
+
 __all__ = ["kept_state"]
 
 _CONTAINERS = (dict, list, set)
@@ -17,7 +19,7 @@ _CONTAINERS = (dict, list, set)
 
 @contextmanager
 def kept_state(generator: nn.Module) -> Iterator[None]:
-    """Restore attributes, dicts, lists and buffers of all modules that change inside the block; no values."""
+    """Restore what holds tensors in all modules and changes inside the block: attributes, dicts, lists, buffers."""
     changing = (torch.jit.ScriptModule, LazyModuleMixin)
     modules = [module for module in generator.modules() if not isinstance(module, changing)]
     saved = [(vars(module), dict(vars(module)), _contents(module)) for module in modules]
@@ -26,9 +28,10 @@ def kept_state(generator: nn.Module) -> Iterator[None]:
     finally:
         for now, before, contents in saved:
             for name in now.keys() - before.keys():
-                del now[name]
+                if tensors(now[name]):
+                    del now[name]
             for name, value in before.items():
-                if now.get(name, None) is not value:
+                if now.get(name) is not value and tensors([now.get(name), value]):
                     now[name] = value
             for container, content in contents:
                 _refill(container, content)

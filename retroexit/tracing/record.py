@@ -81,19 +81,18 @@ def record(
         if isinstance(leaf, Tensor) and not recorder.has_node(leaf):
             recorder.bind(recorder.graph.placeholder(f"input{len(inputs)}"), leaf)
             inputs.append(path)
-    output, draws = _run(recorder, args, kwargs)
+    output, draws = _run(recorder, snapshot, args, kwargs)
     for tensor in tensors(output):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(
                 f"{name} returned NaN or infinity in a tensor of shape {tuple(tensor.shape)} on the example "
                 "inputs. Check its weights and the range of the inputs."
             )
-    snapshot.drop_changed()
     graph, calls, macs = recorder.graph, recorder.calls, recorder.counter.macs
     return Recording(graph, recorder.constants, inputs, calls, macs, output, snapshot, recorder.reads, draws)
 
 
-def _run(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, bool]:
+def _run(recorder: Recorder, snapshot: Snapshot, args: Any, kwargs: Any) -> tuple[Any, bool]:
     """Run the generator and complete the graph; returns the output, and whether random numbers were drawn."""
     generator = recorder.generator
     with unobserved(generator), kept_state(generator), torch.no_grad(), recorder.hooked(), recorder.counter, recorder:
@@ -108,6 +107,7 @@ def _run(recorder: Recorder, args: Any, kwargs: Any) -> tuple[Any, bool]:
             raise _explain(generator, args, kwargs, error) from error
         finally:
             recorder.is_running = False
+        snapshot.drop_changed()  # before what the forward has set is set back
         draws = any(not torch.equal(a, b) for a, b in zip(before, _random_states(generator), strict=True))
     recorder.graph.output(result)
     _drop_unused_sizes(recorder.graph, recorder.calls)

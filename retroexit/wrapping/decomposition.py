@@ -274,7 +274,7 @@ def _spec(decoder: Decoder, decomposition: Decomposition, index: int) -> BranchS
 
 def _refuse_layout(generator: nn.Module, decoder: Decoder, args: Any, kwargs: dict[str, Any]) -> None:
     """Refuse inputs without a batch axis and an image with its channels last, which look like no decoder."""
-    if lacks_batch_axis(generator, args, kwargs):
+    if lacks_batch_axis(generator, args, kwargs, decoder.recording.output):
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors((args, kwargs)))
         raise InputMismatchError(
             f"example inputs must have a batch axis, got shapes {shapes}. Pass x[None] for every input x.", args

@@ -202,7 +202,7 @@ class TailWidths:
             math.prod(rule(n) if (name, axis) in self.symbols else n for axis, n in enumerate(shape))
             for name, shape in self.original.items()
         )
-        return self.plan(rule).numbers / max(least, 1)
+        return self.with_thin_live().plan(rule).numbers / max(least, 1)
 
     def with_thin_live(self) -> TailWidths:
         """Release the widths that live values fix although layers in the tail, or the feature, have them too.

@@ -32,6 +32,7 @@ from retroexit.tracing.recorder import is_user_code, show
 __all__ = ["SizeEnv", "SymbolicMode"]
 
 _ORDERS = (sympy.Ge, sympy.Le, sympy.Gt, sympy.Lt)
+_ANALYSIS = "retroexit.branch.widths.analyse"
 _MAX_FRAMES = 6  # between `SizeEnv.evaluate_expr` and ``SymNode.int_``
 # These log errors that `analyse` handles.
 _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.sym_node", "torch.utils._sympy.interp")
@@ -211,6 +212,8 @@ def _user_line() -> str:
     module: nn.Module | None = None
     while frame is not None:
         variables = frame.f_locals
+        if frame.f_globals.get("__name__") == _ANALYSIS and frame.f_code.co_name in ("__call__", "collect", "analyse"):
+            break  # above it is the caller of `retroexit.wrap`
         if is_user_code(frame.f_code.co_filename):
             return show((frame.f_code.co_filename, frame.f_lineno))
         if frame.f_code.co_filename == GENERATED:
