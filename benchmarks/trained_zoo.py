@@ -158,7 +158,7 @@ def row(name: str, data: dict[str, tuple[Tensor, Tensor]], arguments: Any) -> di
     steps = arguments.steps or steps_in(model, inputs["fit"], weights, 60 * arguments.minutes)
     begin = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        retroexit.fit(model, inputs["fit"], folder, weights=weights, steps=steps, image_range=None)
+        retroexit.fit(model, inputs["fit"], folder, weights=weights, steps=steps)
     fitted = time.process_time() - begin
     model.calibrate(inputs["calibrate"], weights=weights, thresholds=THRESHOLDS)
     references = data["test"][1]
