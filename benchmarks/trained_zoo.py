@@ -165,7 +165,7 @@ def row(name: str, data: dict[str, tuple[Tensor, Tensor]], arguments: Any) -> di
     result: dict[str, Any] = {"name": name, "wrap_seconds": wrapped, "fit_seconds": fitted, "steps": steps}
     result |= {"gmacs": model.exits[-1].macs / 1e9, "shares": [e.share for e in model.exits[:-1]]}
     result["psnr"] = psnr(backbone / limit, references)
-    costs = torch.tensor([e.macs for e in model.exits]) + torch.tensor(model.overhead)
+    costs = torch.tensor([e.macs for e in model.exits]) + torch.tensor(model.overhead())
     for tau in THRESHOLDS:
         with torch.no_grad():
             images, exits = zip(*(model.routed(x[None], threshold=tau) for x in inputs["test"]), strict=True)
@@ -199,7 +199,7 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             result = {"name": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
-            cells.append([name, *[""] * 8, result["error"][:80]])
+            cells.append([name, *[""] * 9, result["error"][:80]])
         else:
             shares = " ".join(f"{100 * share:.0f}" for share in result["shares"])
             numbers = [f"{100 * result[f'saved_{tau}']:.1f} %" for tau in THRESHOLDS]
