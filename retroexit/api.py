@@ -166,9 +166,7 @@ def wrap_options(
     if guidance is True or guidance == "patches":
         guidance = Guidance(key=None if guidance is True else False)
     elif guidance is not None and guidance is not False and not isinstance(guidance, Guidance):
-        raise OptionError(
-            f"guidance must be None, True, 'patches' or a retroexit.Guidance, got {guidance!r}.", guidance
-        )
+        raise OptionError(f"guidance must be None, True, 'patches' or a retroexit.Guidance, got {guidance!r}.")
     if isinstance(guidance, Guidance):
         guidance = guidance.completed(description.key, description.key_after, description.value_after)
     rule = host().width_rule(width_rule)
@@ -217,7 +215,7 @@ def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) ->
     """Return one value per attach point, one for all if these are open; a string is a sequence too, but one value."""
     if attach_at is None:
         if isinstance(value, (list, tuple)):
-            raise OptionError(f"{name} must be one value where attach_at is left out, got {value}.", value)
+            raise OptionError(f"{name} must be one value where attach_at is left out, got {value}.")
         return [value]
     values = list(value) if isinstance(value, (list, tuple)) else [value] * len(attach_at)
     if len(values) != len(attach_at):

@@ -8,11 +8,7 @@ from contextvars import ContextVar
 
 
 class RetroExitError(Exception):
-    """Base of every error that retroexit raises on purpose; ``subject`` is the object at fault, or ``None``."""
-
-    def __init__(self, message: str, subject: object = None) -> None:
-        super().__init__(message)
-        self.subject = subject
+    """Base of every error that retroexit raises on purpose."""
 
 
 class GeneratorError(RetroExitError, ValueError):
@@ -104,8 +100,8 @@ class PluginError(RetroExitError, RuntimeError):
 class AdapterError(RetroExitError, AssertionError):
     """An adapter fails its conformance test; ``problems`` has one line for each."""
 
-    def __init__(self, message: str, subject: object = None, problems: tuple[str, ...] = ()) -> None:
-        super().__init__(message, subject)
+    def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
         self.problems = problems
 
 

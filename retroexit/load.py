@@ -100,13 +100,12 @@ def _check_arguments(folder: str | Path, generator: nn.Module) -> tuple[Path, nn
     if isinstance(folder, nn.Module):
         raise OptionError(
             f"folder must come first, then the generator, got a {type(folder).__name__} as the folder. Call "
-            "retroexit.load(folder, generator).",
-            folder,
+            "retroexit.load(folder, generator)."
         )
     generator = check_generator(generator)
     if generator.training:
         raise ModeError(
-            f"{type(generator).__name__} must be in eval mode, got train mode. Call generator.eval() first.", generator
+            f"{type(generator).__name__} must be in eval mode, got train mode. Call generator.eval() first."
         )
     return Path(folder), generator
 
@@ -118,15 +117,13 @@ def _check_model(folder: Path, manifest: dict[str, Any], model: EarlyExitGenerat
     if difference:
         raise CheckpointError(
             f"{folder} belongs to another generator than this {kind}: {difference}. Load the weights that it was "
-            "fitted with first.",
-            folder,
+            "fitted with first."
         )
     needs_adapter = manifest["predictor"] is not None and manifest["predictor_reads"] == "inputs"
     if needs_adapter and model.options.predictor_inputs is None:
         raise CheckpointError(
             f"the predictor in {folder} reads a map that an adapter makes from the inputs, but no adapter "
-            f"recognises a {kind}. Install the plug-in that it was fitted with.",
-            folder,
+            f"recognises a {kind}. Install the plug-in that it was fitted with."
         )
 
 

@@ -44,7 +44,7 @@ def enable(pipe: Any, folder: str | Path, quality: str | float = "high") -> None
     is_threshold = is_number(quality) and 0 <= float(quality) < float("inf")
     if not (is_threshold or (isinstance(quality, str) and quality in QUALITIES)):
         names = ", ".join(map(repr, QUALITIES))
-        raise OptionError(f"quality must be {names} or a threshold >= 0, got {quality!r}.", quality)
+        raise OptionError(f"quality must be {names} or a threshold >= 0, got {quality!r}.")
     owner, name = _place(pipe)
     decoder = getattr(owner, name)
     model = load(folder, decoder.unwrap() if isinstance(decoder, EarlyExitDecoder) else decoder)
@@ -111,8 +111,7 @@ def _granted(model: EarlyExitGenerator, quality: str) -> float | None:
         raise TrainingError(
             f"quality={quality!r} needs a calibrated folder, got one without. Fit with calibrate=0.2, or call "
             f"model.calibrate(samples, thresholds=(0.05, 0.15)) and model.save(folder); or pass quality={threshold}, "
-            "which is compared with predictions.",
-            quality,
+            "which is compared with predictions."
         )
     promised = calibration.thresholds if isinstance(calibration.thresholds, tuple) else (threshold,)
     return min(promised, key=lambda t: (abs(t - threshold), t))
@@ -129,6 +128,5 @@ def _place(pipe: Any) -> tuple[nn.Module, str]:
     kinds = {name: type(part).__name__ for name, part in parts.items() if isinstance(part, nn.Module)}
     raise GeneratorError(
         f"pipe must have an autoencoder whose decoder an adapter knows, got a {type(pipe).__name__} with {kinds}. "
-        "Call model = retroexit.load(folder, decoder) and run model in the decoder's place.",
-        pipe,
+        "Call model = retroexit.load(folder, decoder) and run model in the decoder's place."
     )

@@ -182,7 +182,7 @@ def _weights(branches: nn.ModuleList, predictor: nn.Module | None) -> dict[str, 
 def _checked_bank(bank: GuidanceBank, decomposition: Decomposition, identity: Identity) -> GuidanceBank:
     """Check that a bank fits the branches; return it with the weights' fingerprint in their present precision."""
     if decomposition.taps is None:
-        raise BankError("a model whose branches take no guide must be saved without a bank, got one. Remove it.", bank)
+        raise BankError("a model whose branches take no guide must be saved without a bank, got one. Remove it.")
     recorded, made_for = decomposition.identity.fingerprint, bank.meta.get("fingerprint")
     fingerprint = made_for if made_for in (None, identity.fingerprint) else recorded
     bank.check_origin(fingerprint=fingerprint, **decomposition.taps.origin())
@@ -202,8 +202,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if schema != _SCHEMA:
         raise CheckpointError(
             f"the schema of {folder} must be {_SCHEMA}, got {schema}. Use the version that wrote it: "
-            f"{dict(manifest.get('versions') or {}).get('retroexit')}.",
-            folder,
+            f"{dict(manifest.get('versions') or {}).get('retroexit')}."
         )
     return manifest
 
@@ -215,8 +214,7 @@ def _predictor_to_json(predictor: nn.Module | None) -> dict[str, Any] | None:
     if not isinstance(predictor, Predictor):
         raise OptionError(
             f"only a retroexit Predictor can be saved, got a {type(predictor).__name__}. Save it yourself, and set "
-            "model.predictor after loading.",
-            predictor,
+            "model.predictor after loading."
         )
     return {**predictor.options, "input_shape": predictor.input_shape}
 
@@ -243,7 +241,7 @@ def fill_predictor(predictor: Predictor, weights: dict[str, Tensor], folder: Pat
         predictor.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
-            f"the predictor saved in {folder} does not fit: {' '.join(str(error).split())}", folder
+            f"the predictor saved in {folder} does not fit: {' '.join(str(error).split())}"
         ) from error
 
 
@@ -275,7 +273,7 @@ def bank_folder(folder: Path, sha256: str | None) -> Path | None:
 
 def _unchanged(path: Path, sha256: str) -> Path:
     if sha256_of(path) != sha256:
-        raise CheckpointError(f"{path} has changed since it was written. Copy it again.", path)
+        raise CheckpointError(f"{path} has changed since it was written. Copy it again.")
     return path
 
 
@@ -330,16 +328,13 @@ def find_key(
     """
     name = (manifest["options"]["guidance"] or {}).get("key")
     if name is None and key is not None:
-        raise CheckpointError(
-            f"{folder} was saved without a key function, got key={key_name(key)!r}. Leave key out.", key
-        )
+        raise CheckpointError(f"{folder} was saved without a key function, got key={key_name(key)!r}. Leave key out.")
     if name is None or key is not None:
         return key
     if adapter_key is None or key_name(adapter_key) != name:
         raise CheckpointError(
             f"{folder} needs the key function {name!r}, which is not saved with it. Pass "
-            "retroexit.load(..., key=...), or install the plug-in that it comes from.",
-            folder,
+            "retroexit.load(..., key=...), or install the plug-in that it comes from."
         )
     return adapter_key
 

@@ -76,10 +76,10 @@ class EarlyExitDecoder(nn.Module):
         routing: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         if exit is not None and routing:
             named = " and ".join(f"{name}={value}" for name, value in routing.items())
-            raise OptionError(f"exit={exit} and {named} both choose an exit. Pass one of them.", exit)
+            raise OptionError(f"exit={exit} and {named} both choose an exit. Pass one of them.")
         last = len(model.branches) + 1
         if model.is_recorded and exit is not None and exit not in range(1, last + 1):
-            raise OptionError(f"exit must be from 1 to {last}, the decoder itself, got {exit!r}", exit)
+            raise OptionError(f"exit must be from 1 to {last}, the decoder itself, got {exit!r}")
         needed = {
             "threshold": (model.predictor, "a predictor. Run retroexit.fit first, or choose with exit=k"),
             "budget": (model.calibration, "a calibration. Call model.calibrate(latents) first"),
@@ -88,7 +88,7 @@ class EarlyExitDecoder(nn.Module):
         for name, value in routing.items():
             part, advice = needed[name]
             if part is None:
-                raise TrainingError(f"{name}={value} needs {advice}.", model)
+                raise TrainingError(f"{name}={value} needs {advice}.")
         vars(self).update(exit=exit, threshold=threshold, routing=routing)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:

@@ -86,6 +86,5 @@ def _autoencoder(pipe: Any, model: EarlyExitGenerator) -> Any:
     others = [name for name, decoder in decoders.items() if isinstance(decoder, nn.Module)]
     raise GeneratorError(
         f"the {type(pipe).__name__} does not contain the model's decoder, but others in {others}. Wrap its "
-        "own decoder, as in retroexit.wrap(pipe.vae.decoder, ...).",
-        pipe,
+        "own decoder, as in retroexit.wrap(pipe.vae.decoder, ...)."
     )

@@ -89,6 +89,4 @@ def _latents(latents: Tensor, *_others: Tensor) -> Tensor:
 
 
 def _refuse_exits(decoder: nn.Module) -> NoReturn:
-    raise GeneratorError(
-        "an EarlyExitDecoder has exits already. Wrap the decoder inside it, decoder.unwrap().", decoder
-    )
+    raise GeneratorError("an EarlyExitDecoder has exits already. Wrap the decoder inside it, decoder.unwrap().")

@@ -54,8 +54,7 @@ def label_map(batch: TrainingBatch) -> Tensor:
         got = tuple(label.shape) if isinstance(label, Tensor) else type(label).__name__
         raise TrainingError(
             f"the first input must be a one-hot label map of the size of the images "
-            f"{tuple(batch.image.shape)} for the loss of OASIS, got {got}",
-            batch,
+            f"{tuple(batch.image.shape)} for the loss of OASIS, got {got}"
         )
     return label.to(batch.image.device, batch.image.dtype)
 
@@ -64,7 +63,6 @@ def _logits(verdict: DiscriminatorOutput) -> Tensor:
     if not isinstance(verdict.output, Tensor):
         raise TrainingError(
             "the discriminator must return logits (N, 1 + L, H, W) for the loss of OASIS, got a "
-            f"{type(verdict.output).__name__}. Pass OASIS's own, or name another objective.",
-            verdict.output,
+            f"{type(verdict.output).__name__}. Pass OASIS's own, or name another objective."
         )
     return verdict.output.float()

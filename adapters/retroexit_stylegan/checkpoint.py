@@ -48,7 +48,7 @@ def load_generator(path: str | Path, conv_clamp: float | None = None, samples: i
     """
     path = Path(path)
     if not path.exists():
-        raise WeightsError(f"no checkpoint at {path}. Check the path.", path)
+        raise WeightsError(f"no checkpoint at {path}. Check the path.")
     state, w_avg = _weights(_read(path), path)
     check_finite(state | ({} if w_avg is None else {"latent_avg": w_avg}), path, CheckpointError)
     if "input.input" in state:
@@ -60,8 +60,7 @@ def load_generator(path: str | Path, conv_clamp: float | None = None, samples: i
     else:
         raise CheckpointError(
             f"{path} must hold 'synthesis.b4.const' (NVIDIA's layout) or 'input.input' (rosinality's), got "
-            f"{sorted(state)[:4]}. Pass the generator's weights.",
-            path,
+            f"{sorted(state)[:4]}. Pass the generator's weights."
         )
     generator = _generator(state, conv_clamp, path)
     if not has_mean:
@@ -91,14 +90,13 @@ def _weights(content: Any, path: Path) -> tuple[dict[str, Tensor], Tensor | None
             w_avg, content = content.get("latent_avg"), content[name]
             if w_avg is not None and not isinstance(w_avg, Tensor):
                 raise CheckpointError(
-                    f"latent_avg in {path} must be a tensor, got {type(w_avg).__name__}. Copy the file again.", path
+                    f"latent_avg in {path} must be a tensor, got {type(w_avg).__name__}. Copy the file again."
                 )
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         keys = list(content)[:6] if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(
             f"{path} must hold a state dict, got {keys}. Save the generator's state_dict(), or a checkpoint "
-            "that has it under 'g_ema'.",
-            path,
+            "that has it under 'g_ema'."
         )
     return dict(content), w_avg
 
@@ -125,7 +123,6 @@ def _generator(state: dict[str, Tensor], conv_clamp: float | None, path: Path) -
     except Exception as error:
         raise CheckpointError(
             f"{path} holds weights of another architecture than the paper's: "
-            f"{' '.join(str(error).split())[:300]}. Wrap the network's own object instead.",
-            path,
+            f"{' '.join(str(error).split())[:300]}. Wrap the network's own object instead."
         ) from error
     return generator.eval()

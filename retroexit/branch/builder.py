@@ -226,8 +226,7 @@ class _BranchBuilder:
                 if not self.is_new:
                     raise BranchError(
                         f"no adapter builds the stage {path!r} with {channels} to {out_channels} channels. "
-                        "Install the plug-in that the model was wrapped with.",
-                        path,
+                        "Install the plug-in that the model was wrapped with."
                     )
                 continue
             stage.eval().to(device_of(full, self.values[0].device))
@@ -251,8 +250,7 @@ class _BranchBuilder:
         except Exception as error:
             raise BranchError(
                 f"the adapter cannot build a {type(full).__name__} of {channels} to {out_channels} channels: "
-                f"{type(error).__name__}: {error}. Report this to the adapter's authors.",
-                full,
+                f"{type(error).__name__}: {error}. Report this to the adapter's authors."
             ) from error
 
     def _guide_channels(self, path: str) -> int:

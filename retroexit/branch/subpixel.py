@@ -117,8 +117,7 @@ def choose_sizes(
     if least > macs:
         raise BranchError(
             f"a sub-pixel branch here costs at least {least:,} MACs, got a limit of {max(0, round(macs)):,} behind "
-            "the attach point. Pass a larger macs or scale, or attach elsewhere.",
-            macs,
+            "the attach point. Pass a larger macs or scale, or attach elsewhere."
         )
     low, high = 0, len(candidates)  # candidates[low] fits, candidates[high] does not
     while high - low > 1:
@@ -260,8 +259,7 @@ class _Output:
         if image.shape[0] != feature.shape[0] or (image.dim() != feature.dim() and not is_squeezed):
             raise BranchError(
                 f"a sub-pixel branch needs an image with the axes of the feature, got {tuple(image.shape)} for "
-                f"{tuple(feature.shape)}. Pass branch='copy' here.",
-                image,
+                f"{tuple(feature.shape)}. Pass branch='copy' here."
             )
         template = rebuild(output, lambda leaf: _slot(leaf, image))
         sizes = tuple(zip(image.shape[1 if is_squeezed else 2 :], feature.shape[2:], strict=True))

@@ -68,7 +68,7 @@ def calibrate(
     model, samples, thresholds = fitted.load()
     scopes: dict[str, Thresholds] = {"one": None, "listed": thresholds, "all": "all"}
     if holds_for not in scopes:
-        raise OptionError(f"--holds-for must be one of {', '.join(scopes)}, got {holds_for!r}.", holds_for)
+        raise OptionError(f"--holds-for must be one of {', '.join(scopes)}, got {holds_for!r}.")
     labels = None if groups is None else load_made(groups)
     promise: dict[str, Any] = {"rule": rule, "groups": labels, "thresholds": scopes[holds_for]}
     model.calibrate(samples, alpha, confidence, weights=fitted.weights, batch=batch, **promise)

@@ -118,8 +118,7 @@ def writing(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(folder).free / 1e6
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}; {folder} has {free:,.1f} MB free. Make room there, "
-            "or use another folder.",
-            path,
+            "or use another folder."
         ) from error
 
 
@@ -175,8 +174,7 @@ def locked(folder: Path) -> Iterator[None]:
         except Timeout as error:
             raise CheckpointError(
                 f"{folder} must have one fit or save at a time, got a second one. Wait until the first has ended, or "
-                "use another folder.",
-                folder,
+                "use another folder."
             ) from error
     try:
         yield
@@ -253,13 +251,11 @@ def staged(folder: str | Path, owns: Collection[str]) -> Iterator[Path]:
     """
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"cannot save to {folder}: it is a file. Name a new folder.", folder)
+        raise CheckpointError(f"cannot save to {folder}: it is a file. Name a new folder.")
     foreign = sorted({entry.name for entry in folder.iterdir()} - set(owns)) if folder.exists() else []
     if foreign:
         raise CheckpointError(
-            f"cannot save to {folder}: saving replaces the whole folder and it holds {foreign[0]!r}. "
-            "Name a new folder.",
-            folder,
+            f"cannot save to {folder}: saving replaces the whole folder and it holds {foreign[0]!r}. Name a new folder."
         )
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -305,13 +301,13 @@ def read_manifest(folder: str | Path, kind: str, schema: int) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     again = f"Build and save the {kind} again."
     if not path.exists():
-        raise CheckpointError(f"no {kind} in {folder}: {MANIFEST} is missing. {again}", path)
+        raise CheckpointError(f"no {kind} in {folder}: {MANIFEST} is missing. {again}")
     manifest = read_json(path, again)
     if manifest.get("kind") != kind:
-        raise CheckpointError(f"{folder} must hold a {kind!r}, got a {manifest.get('kind')!r}", path)
+        raise CheckpointError(f"{folder} must hold a {kind!r}, got a {manifest.get('kind')!r}")
     if manifest.get("schema") != schema:
         message = f"the schema of {path} must be {schema}, got schema {manifest.get('schema')}. {again}"
-        raise CheckpointError(message, path)
+        raise CheckpointError(message)
     return manifest
 
 
@@ -328,8 +324,7 @@ def check_file(folder: str | Path, name: str, manifest: dict[str, Any]) -> Path:
     if digest != expected:
         raise CheckpointError(
             f"{path} is damaged: its SHA-256 must be {expected[:12]}..., got {digest[:12]}.... "
-            "Restore it or build and save again.",
-            path,
+            "Restore it or build and save again."
         )
     return path
 

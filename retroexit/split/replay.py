@@ -226,8 +226,7 @@ class ReplayTail(Tail):
         if not run.is_behind:
             raise InputMismatchError(
                 f"the generator's forward, run again, does not reach {self._cut.place.path!r}. Only its inputs and "
-                "its modules' outputs may control it.",
-                self._cut.place.path,
+                "its modules' outputs may control it."
             )
         return self.__dict__["_given"](out)
 
@@ -363,8 +362,7 @@ class ReplaySplit(SplitGenerator):
         if target is not None and not run.reached_target:
             raise InputMismatchError(
                 f"the generator does not run {target.path!r} for these inputs, so there is no exit. Take the "
-                "backbone's exit for them, or attach to a module that always runs.",
-                target.path,
+                "backbone's exit for them, or attach to a module that always runs."
             )
         return run
 
@@ -412,8 +410,7 @@ class ReplaySplit(SplitGenerator):
             if problem:
                 raise RecordingError(
                     f"the forward of {type(self.generator).__name__}, run again behind a cut, {problem}. Attach "
-                    "elsewhere, or let its modules return all that they change.",
-                    self.generator,
+                    "elsewhere, or let its modules return all that they change."
                 )
         try:
             self._find_rows(seen, self._look(*larger)[0])

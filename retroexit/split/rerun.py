@@ -125,8 +125,7 @@ class Run:
         if (path, number) not in self.fed:
             raise InputMismatchError(
                 f"the generator calls {path!r} {number + 1} times for these inputs, more often than in front of "
-                "the exit. Wrap with example inputs for which it runs as often.",
-                path,
+                "the exit. Wrap with example inputs for which it runs as often."
             )
         return self.fed[path, number]
 
@@ -153,8 +152,7 @@ class Run:
             if value is None:
                 raise InputMismatchError(
                     "the generator draws more random numbers before the exit than in its first run. Only its "
-                    "inputs may control what it draws.",
-                    func,
+                    "inputs may control what it draws."
                 )
             out = args[0].copy_(value) if in_place else value.clone()
         else:

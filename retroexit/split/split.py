@@ -363,7 +363,7 @@ class SplitGenerator:
         form = _call_form(leaves)
         if form != self._form:
             advice = conversion_advice((args, kwargs))
-            raise InputMismatchError(_difference(form, self._form) + advice, (args, kwargs))
+            raise InputMismatchError(_difference(form, self._form) + advice)
         for path, x in leaves:
             axes = self._axes.get(path)
             if isinstance(x, Tensor) and x.dim() != axes:
@@ -371,8 +371,7 @@ class SplitGenerator:
                 advice = "Add the batch axis: x[None]." if lacks_axis else "Wrap again with such inputs."
                 raise InputMismatchError(
                     f"the input at {path} must have {axes} axes as in the recording, got shape {tuple(x.shape)}. "
-                    f"{advice}",
-                    x,
+                    f"{advice}"
                 )
         if not (torch.compiler.is_exporting() and self.any_batch):  # sizes are symbols then
             self._check_shape(args, kwargs, leaves)
@@ -387,15 +386,13 @@ class SplitGenerator:
             if problem:
                 raise InputMismatchError(
                     f"the recorded forward fixes sizes or types: it {problem} for inputs of shapes "
-                    f"{shapes}. Wrap again with such example inputs.",
-                    shapes,
+                    f"{shapes}. Wrap again with such example inputs."
                 )
             self._shapes.add(key)
         elif batch != self.batch and not self.any_batch:
             raise InputMismatchError(
                 f"the batch size must be {self.batch}, which the generator's forward fixes, got {batch}. "
-                "Wrap again with example inputs of this batch size.",
-                batch,
+                "Wrap again with example inputs of this batch size."
             )
 
     def _unobserved(self) -> AbstractContextManager[None]:
@@ -422,8 +419,7 @@ class SplitGenerator:
             raise RecordingError(
                 f"the recorded rest of the generator behind cut {index + 1} does not reproduce its output "
                 f"(largest difference {max(differences, default=float('nan')):.3g}). Attach elsewhere, or pass "
-                "self_test=False if the generator draws random numbers behind this place in an order of its own.",
-                index,
+                "self_test=False if the generator draws random numbers behind this place in an order of its own."
             )
 
     def _mismatch(self, args: Any, kwargs: Any) -> tuple[str, dict[Any, Tensor]]:
@@ -470,8 +466,7 @@ class SplitGenerator:
             frozen = f" Values read out of tensors are frozen: {'; '.join(reads[:3])}." if reads else ""
             raise RecordingError(
                 f"the recorded execution of {type(self.generator).__name__} {problem} on other inputs.{frozen} "
-                "Attach branches to a submodule whose forward does not depend on the data's values.",
-                self.generator,
+                "Attach branches to a submodule whose forward does not depend on the data's values."
             )
         return False
 

@@ -557,7 +557,7 @@ def _no_stages(recording: Recording, image: fx.Node) -> AttachPointError:
         message += f" Or name what runs once: stages={single}."
     elif not repeated:
         message += " Then name them: stages=['blocks.0', 'blocks.1']."
-    return AttachPointError(message, recording)
+    return AttachPointError(message)
 
 
 def _single_modules(recording: Recording, image: fx.Node, times: Counter[str]) -> list[str]:

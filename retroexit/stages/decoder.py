@@ -72,8 +72,7 @@ class Decoder:
         if not features:
             raise AttachPointError(
                 f"no branch is possible {tap} {stage.path!r}: there is no feature map. "
-                f"Attach at one of {closest(stage.path, [s.path for s in self.stages])}.",
-                stage.path,
+                f"Attach at one of {closest(stage.path, [s.path for s in self.stages])}."
             )
         nodes = self.recording.nodes
         needed: set[fx.Node] = set(nodes[-1].all_input_nodes)
@@ -90,8 +89,7 @@ class Decoder:
         if feature is None:
             raise AttachPointError(
                 f"no branch is possible {tap} {stage.path!r}: the image does not depend on that feature map "
-                "afterwards. Attach at one of the stages that 'retroexit inspect' lists.",
-                stage.path,
+                "afterwards. Attach at one of the stages that 'retroexit inspect' lists."
             )
         live.remove(feature)
         return Cut(position, feature, tuple(live), tuple(reversed(rest)))
@@ -223,11 +221,10 @@ def _check_path(generator: nn.Module, path: str, ran: Counter[str]) -> None:
     if not exists and re.fullmatch(r"[\d,;\s]+", path):
         raise AttachPointError(
             f"stages must be numbers, or paths of modules as text, got the text {path!r}. Pass "
-            f"attach_at=[{', '.join(numbers)}].",
-            path,
+            f"attach_at=[{', '.join(numbers)}]."
         )
     problem = f"{path!r} is never called in {name}" if exists else f"no module {path!r} in {name}"
-    raise AttachPointError(f"{problem}; closest: {closest(path, ran)}. List all with 'retroexit inspect'.", path)
+    raise AttachPointError(f"{problem}; closest: {closest(path, ran)}. List all with 'retroexit inspect'.")
 
 
 # Names of values, for messages and tables.

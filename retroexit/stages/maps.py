@@ -76,7 +76,7 @@ def find_image(recording: Recording, key: Any) -> tuple[tuple[Any, ...], fx.Node
         path = key if isinstance(key, tuple) else (key,)
         if path not in maps:
             _refuse_integers([leaf for place, leaf in leaves if place == path])
-            raise OptionError(f"no image at {key!r} in the output; maps are at {_list(maps)}", key)
+            raise OptionError(f"no image at {key!r} in the output; maps are at {_list(maps)}")
     node = maps[path][0]
     node.meta.setdefault("map_rank", _map_rank(node))
     return path, node
@@ -90,16 +90,14 @@ def _only_image(maps: Maps, output: Any) -> tuple[Any, ...]:
         _refuse_integers([leaf for _, leaf in flatten(output) if isinstance(leaf, Tensor)])
         raise OutputError(
             "no image among the generator's outputs: no tensor has shape (N, C, ...). "
-            "Wrap the module that returns the image.",
-            output,
+            "Wrap the module that returns the image."
         )
     shallow = min(map(len, candidates))
     candidates = {path: pair for path, pair in candidates.items() if len(path) == shallow}
     if len(candidates) > 1:
         raise OutputError(
             f"the generator must return one image, got {len(candidates)} at {_list(candidates)}. "
-            f"Choose one with image={next(iter(candidates))[-1]!r} or another of these keys.",
-            output,
+            f"Choose one with image={next(iter(candidates))[-1]!r} or another of these keys."
         )
     return next(iter(candidates))
 
@@ -111,8 +109,7 @@ def _refuse_integers(outputs: list[Tensor]) -> None:
             raise OutputError(
                 f"the image must be floating point, since exits are trained by its gradient, got integers: "
                 f"{leaf.dtype} of shape {tuple(leaf.shape)}. Wrap the module that returns the image before it "
-                "is converted.",
-                leaf,
+                "is converted."
             )
 
 

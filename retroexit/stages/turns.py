@@ -134,8 +134,7 @@ def repeated_stage(path: str, times: int) -> RepeatedStageError:
     """Explain that a stage runs more than once."""
     return RepeatedStageError(
         f"a stage must run once, or once per chunk of frames, but {path!r} runs {times} times in one forward pass. "
-        f"Attach at another module. Or: {unrolled(path, times)}",
-        path,
+        f"Attach at another module. Or: {unrolled(path, times)}"
     )
 
 

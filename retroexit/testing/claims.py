@@ -82,7 +82,6 @@ class Case:
             raise AdapterError(
                 f"{self.description.name} does not describe this {type(self.generator).__name__}:{lines}\n"
                 "retroexit.plugins.Description and retroexit/plugins/hookspecs.py document every part.",
-                self.generator,
                 problems,
             )
 

@@ -108,8 +108,7 @@ class Decomposition:
         if difference:
             raise GeneratorError(
                 f"the branches belong to other weights of {type(generator).__name__}: {difference}. Load the weights "
-                "that it was wrapped with, or wrap and fit it again.",
-                generator,
+                "that it was wrapped with, or wrap and fit it again."
             )
 
     def guidance_values(self, args: Any, kwargs: Any) -> Tensor:
@@ -147,9 +146,7 @@ def decompose(
     try:
         return _build(generator, decoder, options, args, kwargs)
     except (RecordingError, InputMismatchError) as error:
-        raise RecordingError(
-            f"{decoder.replayed} Nor can the forward be run again behind the cut: {error}", generator
-        ) from error
+        raise RecordingError(f"{decoder.replayed} Nor can the forward be run again behind the cut: {error}") from error
 
 
 def settle(options: WrapOptions, decomposition: Decomposition, branches: Iterable[nn.Module]) -> WrapOptions:
@@ -175,8 +172,7 @@ def decompose_again(
         if (device_of(branch), precision_of(branch)) != current:
             raise DeviceError(
                 "generator and branches must have one device and precision, got "
-                f"{current} and {(device_of(branch), precision_of(branch))}. Call model.to(...) for both.",
-                branch,
+                f"{current} and {(device_of(branch), precision_of(branch))}. Call model.to(...) for both."
             )
     args, kwargs = decomposition.split.example_now()
     with silence():  # the user has seen them
@@ -201,8 +197,7 @@ def _build(
     except Exception as error:
         raise RecordingError(
             f"{type(generator).__name__} must run in pieces and in copies, got {failure(error)}. Attach elsewhere, or "
-            "wrap a module without this code.",
-            generator,
+            "wrap a module without this code."
         ) from error
 
 
@@ -225,8 +220,7 @@ def _build_parts(
     else:
         raise OptionError(
             "key_after must be the first attach point here, because the generator's forward runs again behind the "
-            f"cut ({decoder.replayed}). Leave key_after out.",
-            options.guidance,
+            f"cut ({decoder.replayed}). Leave key_after out."
         )
     if not split.any_batch:
         _refuse_layout(generator, decoder, args, kwargs)
@@ -277,14 +271,13 @@ def _refuse_layout(generator: nn.Module, decoder: Decoder, args: Any, kwargs: di
     if lacks_batch_axis(generator, args, kwargs, decoder.recording.output):
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors((args, kwargs)))
         raise InputMismatchError(
-            f"example inputs must have a batch axis, got shapes {shapes}. Pass x[None] for every input x.", args
+            f"example inputs must have a batch axis, got shapes {shapes}. Pass x[None] for every input x."
         )
     shape = shape_of(decoder.image)
     if len(shape) == 4 and shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4):
         raise OutputError(
             f"the image must have shape (N, C, H, W), got {shape}, with its channels last. Wrap a module that "
-            "returns image.permute(0, 3, 1, 2).",
-            decoder.image,
+            "returns image.permute(0, 3, 1, 2)."
         )
 
 
@@ -305,8 +298,7 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
             )
             raise AttachPointError(
                 f"attach_at must be stages 1 to {len(decoder.stages)}, got {place}. Closest: {near}. List all with "
-                "'retroexit inspect' or retroexit.find_stages.",
-                place,
+                "'retroexit inspect' or retroexit.find_stages."
             )
         else:
             chosen.append(decoder.stages[place - 1])
@@ -314,21 +306,17 @@ def _find_places(decoder: Decoder, options: WrapOptions) -> list[tuple[Stage, Cu
         if options.tap == "after" and stage.index == len(decoder.stages):
             raise AttachPointError(
                 f"attach_at must leave stages for the branch, got the last one, {stage.index} ({stage.path}). "
-                f"{_alternative(decoder, stage)}",
-                place,
+                f"{_alternative(decoder, stage)}"
             )
     pairs = places(decoder, chosen, options.tap)
     if len({cut.position for _, cut in pairs}) < len(pairs):
-        raise AttachPointError(
-            f"attach_at must name each place once, got {list(options.attach_at or ())}.", options.attach_at
-        )
+        raise AttachPointError(f"attach_at must name each place once, got {list(options.attach_at or ())}.")
     last = decoder.stages[-1].path
     for stage, cut in pairs:
         if options.tap == "after" and not any(n.op == "call_module" and n.meta.get("macs", 0) for n in cut.rest):
             raise AttachPointError(
                 f"attach_at must leave a layer for the branch, got {stage.path!r}, the last one. Closest: "
-                f"{closest(stage.path, [s.path for s in decoder.stages if s.path != last])}.",
-                stage.path,
+                f"{closest(stage.path, [s.path for s in decoder.stages if s.path != last])}."
             )
     return pairs
 
@@ -410,7 +398,7 @@ def _build_exit(
                 raise
             raise BranchError(f"{error} Or pass branch='subpixel', which needs nothing from these stages.") from error
     if not isinstance(branch, Branch) or branch.kind != kind:
-        raise PluginError(f"branch kind {kind!r} must build a Branch of this kind, got {branch!r}.", branch)
+        raise PluginError(f"branch kind {kind!r} must build a Branch of this kind, got {branch!r}.")
     return branch, branch.macs if split.divides else branch.macs // split.batch
 
 

@@ -81,18 +81,17 @@ class WrapOptions:
     def __post_init__(self) -> None:
         if self.attach_at == ():
             raise AttachPointError(
-                "attach_at must name at least one stage, got []. Pass for example attach_at=[2], or leave it out.",
-                self.attach_at,
+                "attach_at must name at least one stage, got []. Pass for example attach_at=[2], or leave it out."
             )
         for place in self.attach_at or ():
             if isinstance(place, bool) or not isinstance(place, (int, str)):
                 raise AttachPointError(
-                    f"attach_at must hold stage numbers and module paths, got {place!r} in {self.attach_at}.", place
+                    f"attach_at must hold stage numbers and module paths, got {place!r} in {self.attach_at}."
                 )
         if self.tap not in ("after", "before"):
-            raise OptionError(f"tap must be 'after' or 'before', got {self.tap!r}.", self.tap)
+            raise OptionError(f"tap must be 'after' or 'before', got {self.tap!r}.")
         if self.init not in ("inherit", "scratch"):
-            raise OptionError(f"init must be 'inherit' or 'scratch', got {self.init!r}.", self.init)
+            raise OptionError(f"init must be 'inherit' or 'scratch', got {self.init!r}.")
 
     def at_suggested(self, stages: Sequence[Stage]) -> WrapOptions:
         """Attach exits behind the suggested stages of l_1..l_N, where the user has left that open."""

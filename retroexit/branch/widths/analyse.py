@@ -147,8 +147,7 @@ def unsuitable(error: Exception) -> BranchError:
     """Name the line of the generator's code that does not run on other sizes."""
     return BranchError(
         f"the stages after the attach point must run on other sizes, got {failure(error)}. "
-        "Attach elsewhere, use scale=1, or let an adapter build the stage.",
-        error,
+        "Attach elsewhere, use scale=1, or let an adapter build the stage."
     )
 
 

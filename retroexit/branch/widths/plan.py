@@ -76,14 +76,10 @@ class WidthRule:
     def __post_init__(self) -> None:
         if not is_number(self.scale) or not 0 < self.scale <= 1:
             raise OptionError(
-                f"scale must be in (0, 1], got {self.scale!r}. Pass the share of channels to keep, e.g. 1/4.",
-                self.scale,
+                f"scale must be in (0, 1], got {self.scale!r}. Pass the share of channels to keep, e.g. 1/4."
             )
         if not isinstance(self.min_channels, int) or self.min_channels < 1:
-            raise OptionError(
-                f"min_channels must be an integer >= 1, got {self.min_channels!r}. The paper uses 64.",
-                self.min_channels,
-            )
+            raise OptionError(f"min_channels must be an integer >= 1, got {self.min_channels!r}. The paper uses 64.")
 
     def __call__(self, channels: int) -> int:
         """Compute the width of a branch where the backbone has this many channels."""
@@ -92,8 +88,7 @@ class WidthRule:
             raise OptionError(
                 f"width rule {self.name!r} must return an integer from 1 to {channels} for {channels} "
                 f"channels at scale {self.scale:g}, got {width!r}. "
-                "Use another rule, or report this to its authors.",
-                self.name,
+                "Use another rule, or report this to its authors."
             )
         return width
 
