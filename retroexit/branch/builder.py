@@ -21,7 +21,7 @@ from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import OUTPUT, Pin, TailWidths, WidthPlan, WidthRule
 from retroexit.core.modules import CONVOLUTIONS, MacCounter, clone_module, device_of
 from retroexit.core.writes import WriteWatch, overwrites_saved
-from retroexit.errors import BranchError, RetroExitError, warn
+from retroexit.errors import BranchError, RetroExitError, RetroExitWarning, warn
 from retroexit.split.segments import Tail
 from retroexit.split.split import SplitGenerator
 from retroexit.stages.decoder import Cut
@@ -86,7 +86,7 @@ def build_branch(
     """
     try:
         return _build_branch(tail, cut, values, spec, plan)
-    except RetroExitError:
+    except (RetroExitError, RetroExitWarning):
         raise
     except Exception as error:
         raise unsuitable(error) from error

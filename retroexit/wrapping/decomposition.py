@@ -28,6 +28,7 @@ from retroexit.errors import (
     PluginError,
     RecordingError,
     RetroExitError,
+    RetroExitWarning,
     closest,
     silence,
     warn,
@@ -192,7 +193,7 @@ def _build(
     """See `_build_parts`; what the generator's code raises on the way is named by its line."""
     try:
         return _build_parts(generator, decoder, options, args, kwargs)
-    except RetroExitError:
+    except (RetroExitError, RetroExitWarning):
         raise
     except Exception as error:
         raise RecordingError(
