@@ -77,9 +77,8 @@ def write_model(
 ) -> Path:
     """Write branches, predictor, bank, calibration and settings to a folder.
 
-    Whatever ends the process, the folder holds the model that it held before or the new one: weights,
-    calibration and bank are named after their content, the manifest that names them replaces the former in
-    one step, and only then are files of the former deleted.
+    Whatever ends the process, the folder holds the former model or the new one: files are named after their content,
+    and the manifest that names them is replaced in one step.
 
     Args:
         folder: Made if missing; the model of an earlier save is replaced.
@@ -91,9 +90,6 @@ def write_model(
         bank: The guidance bank, or ``None``.
         about: Facts about the fit, as JSON types.
 
-    Returns:
-        The folder.
-
     Raises:
         GeneratorError: If the generator has changed since it was recorded.
         BankError: If the bank belongs to other weights or places of the generator.
@@ -102,8 +98,7 @@ def write_model(
     """
     decomposition.check_generator()
     folder, identity = Path(folder), Identity.of(generator)
-    if bank is not None:
-        bank = _checked_bank(bank, decomposition, identity)
+    bank = None if bank is None else _checked_bank(bank, decomposition, identity)
     manifest = {
         "schema": _SCHEMA,
         "fingerprint": identity.fingerprint,
