@@ -85,9 +85,6 @@ class CheckpointError(RetroExitError, ValueError):
 class StorageError(RetroExitError, OSError):
     """A file cannot be written: the disk is full, or the folder is not yours to write to."""
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
 
 class TrainingError(RetroExitError, RuntimeError):
     """Training cannot start or continue."""

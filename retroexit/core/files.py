@@ -99,7 +99,7 @@ def reading(
     except error:
         raise
     except Exception as cause:
-        raise error(f"cannot read {path}: {cause_of(cause).rstrip('.')}. {advice}", path) from cause
+        raise error(f"cannot read {path}: {cause_of(cause).rstrip('.')}. {advice}") from cause
 
 
 @contextmanager
@@ -458,7 +458,7 @@ def check_finite(tensors: dict[str, Tensor], path: Path, error: type[RetroExitEr
     """
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise error(f"the weights in {path} must be finite, got NaN or infinity in {name}. Restore the file.", path)
+            raise error(f"the weights in {path} must be finite, got NaN or infinity in {name}. Restore the file.")
 
 
 def _tensors_digest(tensors: dict[str, Tensor], about: str) -> str:

@@ -34,7 +34,7 @@ class PCATreeRetriever(Retriever):
     def __init__(self, *, components: int = 12, candidates: int = 32, threads: int = 1) -> None:
         super().__init__(threads=threads, components=components, candidates=candidates)
         if min(components, candidates) < 1:
-            raise OptionError(f"components and candidates start at 1, got {components} and {candidates}", self)
+            raise OptionError(f"components and candidates start at 1, got {components} and {candidates}")
 
     def _build(self, keys: np.ndarray) -> None:
         some = keys[:: max(1, len(keys) // _ROWS)]
