@@ -36,7 +36,14 @@ class RecordingError(RetroExitError, RuntimeError):
 
 
 class NotRecordedError(RecordingError):
-    """The generator must be recorded first."""
+    """The generator must be recorded first; ``model`` is the one without exits.
+
+    torch.compile passes this error on because it holds an object; it runs the code uncompiled after plain errors.
+    """
+
+    def __init__(self, message: str, model: object = None) -> None:
+        super().__init__(message)
+        self.model = model
 
 
 class AttachPointError(RetroExitError, ValueError):

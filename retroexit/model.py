@@ -237,7 +237,8 @@ class EarlyExitGenerator(nn.Module):
         if torch.compiler.is_compiling():
             raise NotRecordedError(
                 "the generator must be recorded before it is compiled or exported, got a model without exits for "
-                "this device and precision. Call the model once, or pass example_inputs to retroexit.wrap."
+                "this device and precision. Call the model once, or pass example_inputs to retroexit.wrap.",
+                self,
             )
         with self._lock, without_autocast(self.generator):
             if self._decomposition is None:
@@ -265,7 +266,8 @@ class EarlyExitGenerator(nn.Module):
         if self._decomposition is None:
             raise NotRecordedError(
                 "the generator has not been recorded yet, so there are no exits. Call the model once, or pass "
-                "example_inputs to retroexit.wrap."
+                "example_inputs to retroexit.wrap.",
+                self,
             )
         return self._decomposition
 
