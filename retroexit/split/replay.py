@@ -21,16 +21,7 @@ from torch import Tensor, fx, nn
 from retroexit.core.modules import clone_module
 from retroexit.core.nested import Packed, clone_strided, cloned, flatten, hidden_tensors, pack, rebuild
 from retroexit.errors import InputMismatchError, RecordingError
-from retroexit.split.rerun import (
-    Answer,
-    Place,
-    Run,
-    become_standin,
-    delegate,
-    is_fake,
-    opened_by,
-    running,
-)  # fmt: skip
+from retroexit.split.rerun import Answer, Place, Run, become_standin, delegate, is_fake, opened_by, running  # fmt: skip
 from retroexit.split.segments import Tail
 from retroexit.split.split import Leaves, SplitGenerator, Values
 from retroexit.stages.decoder import Cut, Decoder
