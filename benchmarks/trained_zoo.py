@@ -207,25 +207,7 @@ def main() -> None:
             times = [f"{result['wrap_seconds']:.1f}", f"{result['fit_seconds']:.0f}"]
             cells.append([name, f"{result['gmacs']:.2f}", shares, f"{result['psnr']:.2f}", *numbers, *times, ""])
         results.append(result)
-        print(
-            table(
-                [
-                    "network",
-                    "GMACs",
-                    "exits at %",
-                    "PSNR",
-                    "saved .02",
-                    ".05",
-                    "dB lost .02",
-                    ".05",
-                    "wrap s",
-                    "fit s",
-                    "failed",
-                ],
-                cells,
-            ),
-            flush=True,
-        )
+        print(table(HEADER, cells), flush=True)
         write_json(arguments.json, rows=results)
 
 
