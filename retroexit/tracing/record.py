@@ -16,7 +16,7 @@ from retroexit.core.nested import flatten, tensors
 from retroexit.core.samples import conversion_advice
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
 from retroexit.tracing.kept_state import kept_state
-from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder
+from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder, forget
 from retroexit.tracing.unchanged import Snapshot, refuse_accelerate
 
 _ARRAYS = ("numpy", "tolist", "__array__")
@@ -107,6 +107,7 @@ def _run(recorder: Recorder, snapshot: Snapshot, args: Any, kwargs: Any) -> tupl
             raise _explain(generator, args, kwargs, error) from error
         finally:
             recorder.is_running = False
+            forget(vars(recorder).get("memoised", ()))  # their keys hold the recording
         snapshot.drop_changed()  # before what the forward has set is set back
         draws = any(not torch.equal(a, b) for a, b in zip(before, random_states(generator), strict=True))
     recorder.graph.output(result)

@@ -267,7 +267,8 @@ def test_where_no_copy_can_be_built_auto_takes_the_other_and_copy_advises_it(mon
     offers = host()._offered("retroexit_branch_kinds")
     monkeypatch.setitem(offers, "copy", (refuse, offers["copy"][1]))
     x, options = torch.rand(2, 4, 6, 6), {"macs": None, "scale": 0.5, "min_channels": 4}
-    model = wrapped(upsampler(), x, branch="auto", **options)
+    with pytest.warns(retroexit.errors.RetroExitWarning, match="no copy can be built: the copy is pinned. Sub-pixel"):
+        model = wrapped(upsampler(), x, branch="auto", **options)
     assert model.exits[0].why == "no copy can be built: the copy is pinned"
     with pytest.raises(retroexit.errors.BranchError, match=r"Do something\. Or pass branch='subpixel', which needs"):
         wrapped(upsampler(), x, branch="copy", **options)
