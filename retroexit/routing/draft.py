@@ -19,7 +19,7 @@ from retroexit.split.split import Begun, SplitGenerator
 from retroexit.tracing.record import random_states
 from retroexit.tracing.unchanged import WeightSnapshot
 
-__all__ = ["Draft"]
+__all__ = ["Draft", "row_numbers"]
 
 
 class Draft:
@@ -82,7 +82,7 @@ class Draft:
             raise OptionError("the draft must be open, got a closed one. Finish it before close(), or draft again.")
         last = len(self._branches) + 1
         exit = last if exit is None else check_exit(exit, last)
-        numbers = self._numbers(rows)
+        numbers = row_numbers(rows, len(self.exits)).to(self.exits.device)
         self._split.check_generator()
         self._weights.check("Make the draft again.")
         parts = []
@@ -125,17 +125,6 @@ class Draft:
                     torch.cuda.set_rng_state(state, number)
             yield
 
-    def _numbers(self, rows: Tensor | Sequence[int] | None) -> Tensor:
-        count = len(self.exits)
-        numbers = torch.as_tensor(range(count) if rows is None else rows)
-        is_whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
-        if numbers.dim() != 1 or not numbers.numel() or not is_whole or not 0 <= numbers.min() <= numbers.max() < count:
-            raise OptionError(
-                f"rows must be a list of sample numbers from 0 to {count - 1}, got {rows}. Pass draft.finish([0]) for "
-                "the first sample."
-            )
-        return numbers.long().to(self.exits.device)
-
     def _pick(self, output: Any, rows: Tensor) -> Any:
         size = self._split.output_rows.get(self._split.decoder.image_path)
         if not size or (size > 1 and not self._split.divides):
@@ -163,3 +152,15 @@ class Draft:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def row_numbers(rows: Tensor | Sequence[int] | None, count: int) -> Tensor:
+    """Check numbers of samples, all by default; returns them as int64."""
+    numbers = torch.as_tensor(range(count) if rows is None else rows)
+    is_whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+    if numbers.dim() != 1 or not numbers.numel() or not is_whole or not 0 <= numbers.min() <= numbers.max() < count:
+        raise OptionError(
+            f"rows must be a list of sample numbers from 0 to {count - 1}, got {rows}. Pass draft.finish([0]) for "
+            "the first sample."
+        )
+    return numbers.long()
