@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -238,6 +238,7 @@ class _Output:
         is_squeezed: Whether the image lacks the axis of channels.
         dtype: Type of the image.
         sizes: Size of the image and of the feature, per axis.
+        steps: Pixels of the image that one more of the feature adds, per axis, where that is a whole number.
     """
 
     path: tuple[Any, ...]
@@ -246,6 +247,7 @@ class _Output:
     is_squeezed: bool
     dtype: torch.dtype
     sizes: tuple[tuple[int, int], ...]
+    steps: tuple[int | None, ...]
 
     @classmethod
     def of(cls, output: Any, path: tuple[Any, ...], feature: Tensor) -> _Output:
@@ -263,12 +265,13 @@ class _Output:
             )
         template = rebuild(output, lambda leaf: _slot(leaf, image))
         sizes = tuple(zip(image.shape[1 if is_squeezed else 2 :], feature.shape[2:], strict=True))
-        return cls(path, template, 1 if is_squeezed else int(image.shape[1]), is_squeezed, image.dtype, sizes)
+        channels = 1 if is_squeezed else int(image.shape[1])
+        return cls(path, template, channels, is_squeezed, image.dtype, sizes, (None,) * len(sizes))
 
     @property
     def ratios(self) -> tuple[int, ...]:
-        """The image's size divided by the feature's, rounded up."""
-        return tuple(-(-large // small) for large, small in self.sizes)
+        """What one more pixel of the feature adds, else the image's size divided by the feature's, rounded up."""
+        return tuple(step or -(-large // small) for step, (large, small) in zip(self.steps, self.sizes, strict=True))
 
     def image_of(self, output: Any) -> Tensor:
         """Find the image ``(N, C, ...)`` in an output of the generator."""
@@ -278,19 +281,21 @@ class _Output:
     def fitted(self, image: Tensor, feature: Tensor, plan: SubpixelPlan) -> Tensor:
         """Give an image ``(N, C, ...)`` the size that the generator's image has for a feature.
 
-        Per axis, a size that is the feature's times a whole ratio is left alone; one that lacks less than the ratio
-        is cut at the end, in front for causal frames; any other is reached by interpolation.
+        Per axis, what is less than one ``step`` too large is cut at the end, in front for causal frames; any other size
+        is reached by interpolation.
         """
         size, is_resized = list(image.shape[2:]), False
-        for axis, (ratio, (large, small)) in enumerate(zip(plan.ratios, self.sizes, strict=True)):
+        for axis, (ratio, step, (large, small)) in enumerate(zip(plan.ratios, self.steps, self.sizes, strict=True)):
             crop, length = ratio * small - large, feature.shape[2 + axis]
-            if 0 <= crop < ratio:
+            is_cropped = step in (None, ratio) and 0 <= crop < ratio
+            if is_cropped:
+                size[axis] = ratio * length - crop
                 if crop or plan.is_folded:  # a folded grid was rounded up
                     begin = crop if plan.causal and axis == 0 else 0
-                    image = image.narrow(2 + axis, begin, ratio * length - crop)
-                size[axis] = ratio * length - crop
+                    image = image.narrow(2 + axis, begin, size[axis])
             else:
-                size[axis], is_resized = length * large // small, True
+                size[axis] = length * large // small if step is None else large + step * (length - small)
+                is_resized = True
         if is_resized:
             mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
             image = functional.interpolate(image, size=size, mode=mode)
@@ -423,6 +428,7 @@ def build_subpixel(
         torch.manual_seed(spec.seed)
         returned = tail(*(value.clone() for value in values))
     output = _Output.of(returned, spec.image, feature)
+    output = replace(output, steps=_steps(tail, values, spec, output))
     image = output.image_of(returned)
     meta = [value.to("meta") for value in values]
 
@@ -480,6 +486,33 @@ def _scaled_macs(tail: Tail, values: Sequence[Tensor], spec: BranchSpec) -> floa
         for handle in hooks:
             handle.remove()
     return counter.macs * (thin / full if full else spec.rule.scale**2)
+
+
+@torch.no_grad()
+def _steps(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, output: _Output) -> tuple[int | None, ...]:
+    """Pixels of the image that one more of the feature adds, per axis, from a run on half of its maps.
+
+    ``None`` for a tail that runs on no other size, and where the image is not larger by a whole number.
+    """
+    old = tuple(values[0].shape[2:])
+    new = tuple(-(-size // 2) if size > 1 else 2 for size in old)
+
+    def resized(value: Tensor) -> Tensor:
+        axes = value.dim() - len(old)  # a map without channels has one
+        if axes not in (1, 2) or any(size % n for size, n in zip(value.shape[axes:], old, strict=True)):
+            return value.clone()
+        for axis, (size, n, m) in enumerate(zip(value.shape[axes:], old, new, strict=True), axes):
+            value = value.index_select(axis, torch.arange(size // n * m, device=value.device) % size)
+        return value
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            image = output.image_of(tail(*map(resized, values)))
+    except Exception:
+        return output.steps
+    grown = [(a - large, m - n) for a, (large, _), n, m in zip(image.shape[2:], output.sizes, old, new, strict=True)]
+    return tuple(None if pixels % steps else pixels // steps for pixels, steps in grown)
 
 
 @torch.no_grad()
