@@ -238,6 +238,8 @@ class _Output:
         is_squeezed: Whether the image lacks the axis of channels.
         dtype: Type of the image.
         sizes: Size of the image and of the feature, per axis.
+        frames: For a feature whose rows are the frames of samples, and an image that has them on an axis of its own:
+            this axis, the number of frames, and the position of a live value with a row per sample, if any.
         steps: Pixels of the image that one more of the feature adds, per axis, where that is a whole number.
     """
 
@@ -247,26 +249,30 @@ class _Output:
     is_squeezed: bool
     dtype: torch.dtype
     sizes: tuple[tuple[int, int], ...]
-    steps: tuple[int | None, ...]
+    frames: tuple[int, int, int | None] | None = None
+    steps: tuple[int | None, ...] = ()
 
     @classmethod
-    def of(cls, output: Any, path: tuple[Any, ...], feature: Tensor) -> _Output:
+    def of(cls, output: Any, feature: Tensor, spec: BranchSpec) -> _Output:
         """Read an output of the generator for a feature.
 
         Raises:
             BranchError: If the image has other axes or rows than the feature.
         """
-        image: Tensor = dict(flatten(output))[path]
+        original: Tensor = dict(flatten(output))[spec.image]
+        frames, image = _frames(original, feature, spec.rows), original
+        if frames is not None:
+            image = _side_by_side(original, frames[0])
         is_squeezed = image.dim() == feature.dim() - 1
         if image.shape[0] != feature.shape[0] or (image.dim() != feature.dim() and not is_squeezed):
             raise BranchError(
-                f"a sub-pixel branch needs an image with the axes of the feature, got {tuple(image.shape)} for "
+                f"a sub-pixel branch needs an image with the axes of the feature, got {tuple(original.shape)} for "
                 f"{tuple(feature.shape)}. Pass branch='copy' here."
             )
-        template = rebuild(output, lambda leaf: _slot(leaf, image))
+        template = rebuild(output, lambda leaf: _slot(leaf, original))
         sizes = tuple(zip(image.shape[1 if is_squeezed else 2 :], feature.shape[2:], strict=True))
         channels = 1 if is_squeezed else int(image.shape[1])
-        return cls(path, template, channels, is_squeezed, image.dtype, sizes, (None,) * len(sizes))
+        return cls(spec.image, template, channels, is_squeezed, image.dtype, sizes, frames, steps=(None,) * len(sizes))
 
     @property
     def ratios(self) -> tuple[int, ...]:
@@ -276,6 +282,7 @@ class _Output:
     def image_of(self, output: Any) -> Tensor:
         """Find the image ``(N, C, ...)`` in an output of the generator."""
         image: Tensor = dict(flatten(output))[self.path]
+        image = image if self.frames is None else _side_by_side(image, self.frames[0])
         return image.unsqueeze(1) if self.is_squeezed else image
 
     def fitted(self, image: Tensor, feature: Tensor, plan: SubpixelPlan) -> Tensor:
@@ -301,11 +308,29 @@ class _Output:
             image = functional.interpolate(image, size=size, mode=mode)
         return image
 
-    def place(self, image: Tensor) -> Any:
+    def place(self, image: Tensor, live: Sequence[Tensor]) -> Any:
         """Put an image ``(N, C, ...)`` where the generator has it."""
         image = image.squeeze(1) if self.is_squeezed else image
+        if self.frames is not None:
+            axis, count, position = self.frames
+            rows = (-1, count) if position is None else (live[position].shape[0], -1)
+            image = image.unflatten(0, rows).movedim(1, axis)
         image = image.to(self.dtype) if self.dtype != image.dtype and not torch.is_autocast_enabled() else image
         return rebuild(self.template, lambda leaf: image if leaf is ImageSlot else leaf)
+
+
+def _frames(image: Tensor, feature: Tensor, rows: Sequence[int]) -> tuple[int, int, int | None] | None:
+    """See `_Output.frames`; ``rows`` are those of one sample in the feature and the live values."""
+    count = rows[0] if rows else 1
+    axes = [axis for axis in (2, 1) if image.dim() == feature.dim() + 1 and image.shape[axis] == count]
+    if count < 2 or not axes or image.shape[0] * count != feature.shape[0]:
+        return None
+    return axes[0], count, next((i for i, n in enumerate(rows[1:]) if n == 1), None)
+
+
+def _side_by_side(image: Tensor, axis: int) -> Tensor:
+    """Put the frames of samples, on an axis of their own, among the rows: ``(N T, C, ...)``."""
+    return image.movedim(axis, 1).flatten(0, 1)
 
 
 def _slot(leaf: Any, image: Tensor) -> Any:
@@ -359,7 +384,7 @@ class SubpixelBranch(Branch):
 
         See `Branch.forward`.
         """
-        return self.output.place(self.image((feature, *live), guide))
+        return self.output.place(self.image((feature, *live), guide), live)
 
     def read(self, feature: Tensor, guide: Tensor | None) -> Tensor:
         """What the first level reads."""
@@ -427,7 +452,7 @@ def build_subpixel(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         returned = tail(*(value.clone() for value in values))
-    output = _Output.of(returned, spec.image, feature)
+    output = _Output.of(returned, feature, spec)
     output = replace(output, steps=_steps(tail, values, spec, output))
     image = output.image_of(returned)
     meta = [value.to("meta") for value in values]
