@@ -17,7 +17,7 @@ from retroexit.fit import fit
 from retroexit.guidance.provider import Guidance
 from retroexit.load import load
 from retroexit.model import EarlyExitGenerator, check_generator
-from retroexit.pipelines import disable, enable, summary
+from retroexit.pipelines import disable, draft, enable, summary
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.split.split import SplitGenerator, places
@@ -29,6 +29,7 @@ from retroexit.wrapping.options import WrapOptions, adapter_options
 
 __all__ = [
     "disable",
+    "draft",
     "enable",
     "evaluate",
     "find_stages",

@@ -20,9 +20,11 @@ from retroexit.measuring import calibrate, refuse_fitted
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration, Thresholds
+from retroexit.routing.draft import Draft
 from retroexit.routing.latency import Latency, time_exits
-from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter
-from retroexit.routing.router import LossPrediction, Router, render, render_at, render_branch
+from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter, check_exit
+from retroexit.routing.render import render, render_at, render_branch
+from retroexit.routing.router import LossPrediction, Router
 from retroexit.saving import write_model
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.wrapping.decomposition import Decomposition, decompose, decompose_again, settle
@@ -144,6 +146,23 @@ class EarlyExitGenerator(nn.Module):
         assert exits is not None
         return output, exits
 
+    def draft(self, *inputs: Any, choose: Policy | None = None, **kwargs: Any) -> Draft:
+        """Render as `routed` does, with ``exit=k`` too, and keep what is needed to finish samples later.
+
+        Example:
+            >>> with model.draft(x, exit=1) as draft:
+            ...     show(draft.image)
+            ...     best = draft.finish([3])  # model(x)[[3]], without running the stages before exit 1 again
+        """
+        request, args, kwargs = RoutingRequest.parse(inputs, kwargs, choose=choose)
+        if request.is_plain:
+            raise OptionError(
+                "a draft needs exit, threshold, budget, deadline_ms or choose, got none of them. Pass exit=1 for the "
+                "cheapest exit."
+            )
+        begun = self._begin(args, kwargs)
+        return Draft(self.split, self.branches, self.guide, begun, self.router.choose(begun, request))
+
     def choose_exits(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Choose the exit of each sample without rendering it: ``(N,)`` from 1, ``K + 1`` for the backbone."""
         request, args, kwargs = RoutingRequest.parse(inputs, kwargs)
@@ -202,12 +221,12 @@ class EarlyExitGenerator(nn.Module):
         self, request: RoutingRequest, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor | None]:
         self._ensure_recorded(args, kwargs)
-        exit = None if request.exit is None else self.router.check_exit(request.exit)
+        exit = None if request.exit is None else check_exit(request.exit, self.router.exits)
         if request.is_plain or exit == self.router.exits:
             return self.generator(*args, **kwargs), None
         begun = self.split.begin(args, kwargs)  # feature (N, C, h, w) and live values at the first cut
         if exit is not None:
-            return render_at(self.split, self.branches[exit - 1], exit - 1, self.guide, begun), None
+            return render_at(self.split, self.branches, exit, self.guide, begun), None
         choice = self.router.choose(begun, request)  # losses (N, K) -> exits (N,)
         output = render(self.split, self.branches, self.guide, begun, choice)  # images (N, 3, H, W), in order
         return output, choice.exits

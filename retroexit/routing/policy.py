@@ -130,6 +130,13 @@ def check_number(name: str, value: float) -> float:
     return float(value)
 
 
+def check_exit(exit: int, exits: int) -> int:
+    """Raise `OptionError` unless an exit is a number from 1 to ``exits``, the backbone; returns it."""
+    if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= exits:
+        raise OptionError(f"exit must be an integer from 1 to {exits}, the backbone, got {exit!r}.")
+    return exit
+
+
 def _check_numbers(name: str, values: Any) -> float | Tensor:
     """Check one number, or one per sample as a tensor, an array or a list."""
     if isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str):

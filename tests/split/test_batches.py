@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import retroexit
+from retroexit import errors
 from retroexit.core.samples import Samples
 from retroexit.errors import BranchError, InputMismatchError, TrainingError
 from retroexit.split.rows import are_grouped, group, rows_per_sample
@@ -152,6 +153,24 @@ def test_samples_whose_frames_come_first_all_leave_at_the_deepest_exit():
         alone = torch.cat([model(one[None], exit=2) for one in z[[0, 1, 3]]])
     assert taken.tolist() == [2, 2, 2]
     assert torch.allclose(batch, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frames_first", "folded_output", "is_refused"),
+    [(False, False, False), (False, True, False), (True, False, False), (True, True, True)],
+)
+def test_samples_of_several_rows_are_finished_by_number(frames_first, folded_output, is_refused):
+    model, (z, exits) = _model(frames_first, folded_output), _latents()
+    with torch.no_grad():
+        expected, draft = model(z), model.draft(z, threshold=0.5)
+        assert draft.exits.tolist() == ([max(exits)] * 4 if frames_first else exits)
+        assert torch.allclose(draft.finish(), expected, atol=1e-5)
+        if is_refused:
+            with pytest.raises(errors.OptionError, match=r"rows must be None for this generator, .* got 2 of 4"):
+                draft.finish([3, 0])
+            return
+        rows = group(torch.tensor([3, 0]), _FRAMES) if folded_output else [3, 0]
+        assert torch.allclose(draft.finish([3, 0]), expected[rows], atol=1e-5)
 
 
 def test_predictions_of_frames_are_combined_for_their_sample():
