@@ -274,6 +274,7 @@ def _spec(decoder: Decoder, decomposition: Decomposition, index: int) -> BranchS
         decoder.image_path,
         value_names(decoder.recording),
         macs=limit / split.batch if limit is not None and split.divides else limit,
+        rows=[split.batched.get(node, 0) for node in split.cuts[index].crossing] if split.divides else (),
     )
 
 
