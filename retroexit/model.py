@@ -22,10 +22,12 @@ from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration, Thresholds
 from retroexit.routing.draft import Draft
 from retroexit.routing.latency import Latency, time_exits
-from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter, check_exit
+from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, check_exit
 from retroexit.routing.render import render, render_at, render_branch
 from retroexit.routing.router import LossPrediction, Router
+from retroexit.routing.session import Session
 from retroexit.saving import write_model
+from retroexit.split.rows import merge
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.wrapping.decomposition import Decomposition, decompose, decompose_again, settle
 from retroexit.wrapping.exits import Exit, exit_table, list_exits
@@ -206,12 +208,20 @@ class EarlyExitGenerator(nn.Module):
                 features.append(self.split.crossing(values, index)[0].clone())
         return features
 
-    def video(self, hysteresis: float = 0.1) -> VideoRouter:
-        """Route the frames of a video without flicker: ``with model.video() as step: image = step(x, threshold=t)``.
+    def session(self, *, threshold: float, **options: Any) -> Session:
+        """Begin a video, to be rendered without flicker of its exits, see `Session`.
 
-        ``hysteresis`` is the share of the threshold by which a cheaper exit has to be better, in [0, 1).
+        Args:
+            threshold: Largest quality loss to accept, as in a call.
+            **options: ``hysteresis``, the share of the threshold by which a cheaper exit has to be better, in [0, 1),
+                by default 0.1; ``deadline_ms`` for every frame; ``videos``, the number of videos side by side, by
+                default 1.
         """
-        return VideoRouter(self.routed, hysteresis)
+
+        def join(parts: list[tuple[Tensor, Any]], count: int) -> Any:
+            return merge(parts, count, self.split.output_rows or {self.split.decoder.image_path: 1})
+
+        return Session(self.routed, join, threshold=threshold, **options)
 
     def image(self, output: Any) -> Tensor:
         """Find the image ``(N, C, ...)`` in an output."""
