@@ -79,7 +79,7 @@ class EarlyExitGenerator(nn.Module):
     to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a share of the backbone's
     compute, ``deadline_ms=d`` keeps a call within measured times; see `RoutingOptions`.
 
-    Attributes that it does not have itself are those of ``whole``, else of the generator.
+    Attributes that it does not have itself are those of ``whole``, which may be set, else of the generator.
 
     Attributes:
         generator: The user's generator, never changed.
@@ -315,6 +315,11 @@ class EarlyExitGenerator(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "predictor":  # nn.Module would register the predictor here instead of calling the setter
             self.router.predictor = value
+            return
+        whole = vars(self).get("whole")
+        is_own = whole is None or name in vars(self) or name in self._modules or hasattr(type(self), name)
+        if not is_own and hasattr(whole, name):  # such as the sizes of tiles
+            setattr(whole, name, value)
         else:
             super().__setattr__(name, value)
 
