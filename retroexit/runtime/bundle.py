@@ -462,7 +462,7 @@ class _Draws:
     """The random numbers of one call."""
 
     def __init__(self, seed: int | None, noise: Values, count: int) -> None:
-        self._root = np.random.SeedSequence(seed).entropy
+        self._root: Any = np.random.SeedSequence(seed).entropy
         self._noise, self._count = noise, count
 
     def __call__(self, entry: dict[str, Any], sizes: dict[str, int], rows: Array) -> Array:
@@ -476,7 +476,7 @@ class _Draws:
             if list(drawn.shape) != shape:
                 raise BundleError(f"noise {entry['name']} must have the shape {tuple(shape)}, got {drawn.shape}.")
         else:
-            source = np.random.default_rng([*np.atleast_1d(self._root).tolist(), entry["number"]])
+            source = np.random.default_rng([self._root, entry["number"]])
             drawn = source.standard_normal(shape) if entry["kind"] == "normal" else source.random(shape)
         drawn = drawn.astype(entry["dtype"])
         if not per_sample:

@@ -272,7 +272,7 @@ def _write_arrays(folder: Path, model: EarlyExitGenerator, programs: Programs, v
         facts["bank"] = {**place, **sizes, **_dtype(values["guide"])}
     if model.predictor is None:
         return facts
-    arrays, limits = ({}, None) if calibration is None else calibration.table()
+    arrays, limits = (dict[str, Any](), None) if calibration is None else calibration.table()
     np.savez(folder / "router.npz", **arrays)
     router = model.router
     facts["router"] = {
