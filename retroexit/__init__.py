@@ -6,7 +6,7 @@ generator, bit for bit, until an exit is asked for. Reference: FIANCEE, Karpikov
 
 import logging
 
-from retroexit.api import disable, enable, evaluate, find_stages, fit, load, summary, wrap
+from retroexit.api import disable, draft, enable, evaluate, find_stages, fit, load, summary, wrap
 from retroexit.core.files import __version__ as __version__
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
@@ -27,6 +27,7 @@ __all__ = [
     "RetroExitWarning",
     "Stage",
     "disable",
+    "draft",
     "enable",
     "evaluate",
     "export",

@@ -17,7 +17,7 @@ from retroexit.fit import fit
 from retroexit.guidance.provider import Guidance
 from retroexit.load import load
 from retroexit.model import EarlyExitGenerator, check_generator
-from retroexit.pipelines import disable, enable, summary
+from retroexit.pipelines import disable, draft, enable, summary
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 from retroexit.split.split import SplitGenerator, places
@@ -29,6 +29,7 @@ from retroexit.wrapping.options import WrapOptions, adapter_options
 
 __all__ = [
     "disable",
+    "draft",
     "enable",
     "evaluate",
     "find_stages",
@@ -47,8 +48,9 @@ class WrapSettings(TypedDict, total=False):
     Attributes:
         branch: Kind of branch, one for all or one per attach point: ``"copy"``, the paper's thin copy of the remaining
             stages, the default where a scale is given; ``"subpixel"``, a network of its own that works on coarse grids
-            and needs nothing of these stages, the default without; ``"auto"``, the copy where it can be built and saves
-            enough, until `fit` compares both in a pilot; or the name of a plug-in's.
+            and needs nothing of these stages, the default without a scale and, with a warning, where these stages do
+            not run on other widths; ``"auto"``, the copy where it can be built and saves enough, until `fit` compares
+            both in a pilot; or the name of a plug-in's.
         macs: Cost of the route of a sub-pixel branch as a share of the backbone's, in (0, 1), one for all or one per
             attach point; by default what a thin copy at ``scale`` costs at most, or, without a scale, what lies in
             front of the exit and 6 % for the branch.
@@ -189,9 +191,10 @@ def wrap_options(
 
 
 def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any], list[str], list[float | None]]:
-    """Give width factor, kind and cost of every exit; no costs where nothing decides them."""
+    """Give width factor, kind and cost of every exit; no kinds and no costs where nothing decides them."""
+    is_open = branch is None and scale is not None
     if branch is None:
-        branch = "copy" if scale is not None else "subpixel"
+        branch = "copy" if is_open else "subpixel"
     scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
     shares = _per_exit("macs", macs, attach_at)
     for kind, share in zip(kinds, shares, strict=True):
@@ -208,7 +211,7 @@ def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any
         1.0 if scale is None and kind not in ("copy", AUTO) else scale
         for scale, kind in zip(scales, kinds, strict=True)
     ]
-    return scales, kinds, [] if scale is None and macs is None else shares
+    return scales, [] if is_open else kinds, [] if scale is None and macs is None else shares
 
 
 def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) -> list[Any]:

@@ -51,7 +51,8 @@ class WrapOptions:
         shadowed: Keywords of ours that the generator's own forward takes.
         predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first
             feature.
-        branches: Kind of branch of each attach point; ``"auto"`` to choose.
+        branches: Kind of branch of each attach point; ``"auto"`` to choose; empty for copies wherever they can be
+            built.
         macs: Cost of the route of each attach point as a share of the backbone's; ``None`` to follow its rule;
             empty to choose.
         plans: What was chosen earlier, one per exit, from a saved model.
@@ -106,7 +107,7 @@ class WrapOptions:
         return self.rules[self._position(stage)]
 
     def kind_of(self, stage: Stage) -> str:
-        """Kind of the branch at a stage, or ``"auto"``."""
+        """Kind of the branch at a stage, or ``"auto"``; a copy where none is named."""
         return self.branches[self._position(stage)] if self.branches else "copy"
 
     def macs_of(self, stage: Stage) -> float | None:

@@ -49,6 +49,7 @@ def test_its_export_has_each_weight_once(example, shared, tmp_path):
 def test_the_script_runs(example, shared, tmp_path, monkeypatch, run_script):
     for split in ("train", "test"):  # so that no photographs need to be encoded
         np.save(tmp_path / f"latents-{split}.npy", torch.randn(6, 32, 4, 8).numpy())
+    monkeypatch.setattr(example, "photographs", lambda *_: list(torch.rand(6, 3, 32, 64)))
     fit, evaluate = example.retroexit.fit, example.retroexit.evaluate
     monkeypatch.setattr(example.retroexit, "fit", functools.partial(fit, predictor_steps=5))
     monkeypatch.setattr(example.retroexit, "evaluate", functools.partial(evaluate, repeats=1))
@@ -56,6 +57,7 @@ def test_the_script_runs(example, shared, tmp_path, monkeypatch, run_script):
     printed = run_script(example, f"{words} --attach-at 6 8 --widths 16 32")
     assert "Sequential with 2 early exits" in printed
     assert "threshold on the predicted loss of each sample" in printed
+    assert "beside the photographs" in printed and "PSNR" in printed
     assert printed.endswith(f"report: {tmp_path / 'report/report.html'}\n")
     assert len(json.loads((tmp_path / "report/evaluation.json").read_text())["loss"]) == 3
     assert (tmp_path / "report/settings.json").exists()
