@@ -13,6 +13,7 @@ from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import Guidance
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import Description, hookimpl
+from retroexit.runtime import export, load_bundle
 from retroexit.stages.stage import Stage
 from retroexit.wrapping.exits import Exit
 
@@ -29,10 +30,12 @@ __all__ = [
     "draft",
     "enable",
     "evaluate",
+    "export",
     "find_stages",
     "fit",
     "hookimpl",
     "load",
+    "load_bundle",
     "summary",
     "wrap",
 ]

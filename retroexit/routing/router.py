@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,16 +121,7 @@ class Router(nn.Module):
         elif reads == "features+distance":
             retrieved = self._guide.retrieve(begun)
             inputs.append(guide_distance(retrieved.distances).to(begun.feature.device))
-        if isinstance(self.predictor, Predictor):
-            losses, distance = self.predictor.predict_losses(*inputs)  # (rows, K), (rows,)
-        else:
-            losses = self.predictor(*inputs)
-            distance = losses.new_zeros(len(losses))
-        if reads != "inputs" and self._rows_per_sample > 1:  # the frames of a sample leave together
-            losses = losses.unflatten(0, (-1, self._rows_per_sample)).mean(dim=1)
-            distance = distance.unflatten(0, (-1, self._rows_per_sample)).amax(dim=1)
-        losses = losses.float()  # limits are compared in float32
-        losses = torch.where(losses.isfinite(), losses, torch.inf)  # what is not finite says nothing
+        losses, distance = estimate(self.predictor, inputs, 1 if reads == "inputs" else self._rows_per_sample)
         return LossPrediction(losses, distance > 1, retrieved)
 
     def _guarded(self, prediction: LossPrediction) -> Tensor:
@@ -296,6 +287,25 @@ class Router(nn.Module):
     def _rows_per_sample(self) -> int:
         """Rows of one sample in the first feature, into which frames may be folded."""
         return self._recorded.split.rows_per_sample
+
+
+def estimate(predictor: nn.Module, inputs: Sequence[Tensor], rows: int) -> tuple[Tensor, Tensor]:
+    """Run a predictor on what it reads, where each sample has some rows.
+
+    Returns:
+        Losses ``(N, K)`` in float32, infinite where they are not finite, and the distance ``(N,)`` of each sample from
+        the fitting set, 0 for a predictor that measures none.
+    """
+    if isinstance(predictor, Predictor):
+        losses, distance = predictor.predict_losses(*inputs)  # (rows, K), (rows,)
+    else:
+        losses = predictor(*inputs)
+        distance = losses.new_zeros(losses.shape[0])
+    if rows > 1:  # the frames of a sample leave together
+        losses = losses.unflatten(0, (-1, rows)).mean(dim=1)
+        distance = distance.unflatten(0, (-1, rows)).amax(dim=1)
+    losses = losses.float()  # limits are compared in float32
+    return torch.where(losses.isfinite(), losses, torch.inf), distance  # what is not finite says nothing
 
 
 def circumstances(feature: Tensor) -> dict[str, Any]:

@@ -32,6 +32,19 @@ def test_the_weights_decode_what_they_encode(example, shared):
     assert float((again - image).abs().mean()) < 0.05
 
 
+def test_its_export_has_each_weight_once(example, shared, tmp_path):
+    pytest.importorskip("onnxruntime")
+    generator, x = example.load("decoder", shared), torch.randn(3, 32, 8, 12)
+    model = example.retroexit.wrap(generator, [4], 1 / 4, min_channels=16, example_inputs=(x[:1],))
+    bundle = example.retroexit.load_bundle(example.retroexit.export(model, tmp_path / "bundle", verify=False))
+    size = sum(path.stat().st_size for path in (tmp_path / "bundle").iterdir())
+    weights, branches = (4 * sum(p.numel() for p in m.parameters()) for m in (generator, model.branches))
+    assert size <= 1.1 * weights + branches
+    for exit in (1, 2):
+        expected = model(x, exit=exit).detach().numpy()
+        np.testing.assert_allclose(bundle.run(x.numpy(), exit=exit)[0], expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_script_runs(example, shared, tmp_path, monkeypatch, run_script):
     for split in ("train", "test"):  # so that no photographs need to be encoded
