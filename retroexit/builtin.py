@@ -13,7 +13,7 @@ from retroexit.branch.widths.plan import WidthFunction, multiple_of_8, scaled_wi
 from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins.hookspecs import hookimpl
 from retroexit.retrieval import BACKENDS, Retriever
-from retroexit.training.losses import L1, PERCEPTUAL, Perceptual
+from retroexit.training.losses import L1, MSE, PERCEPTUAL, Perceptual
 
 
 @hookimpl
@@ -31,9 +31,9 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:
 
 @hookimpl
 def retroexit_losses() -> dict[str, Callable[..., Any]]:
-    """Offer the mean absolute difference, MS-SSIM, LPIPS, and distances of features of trained networks."""
+    """Offer the mean absolute and squared difference, MS-SSIM, LPIPS, and distances of features of trained networks."""
     perceptual = {name: functools.partial(Perceptual, name) for name in PERCEPTUAL}
-    return {"l1": L1, **perceptual, **retroexit_metrics()}
+    return {"l1": L1, "mse": MSE, **perceptual, **retroexit_metrics()}
 
 
 @hookimpl
