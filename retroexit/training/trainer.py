@@ -120,7 +120,7 @@ class BranchTrainer:
         self.device = device_of(model.generator)
         self.trained = [p for p in branch.parameters() if p.requires_grad]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.trained)
-        self.optimizer = torch.optim.Adam(self.trained, lr=settings.lr, betas=(0.9, 0.99), fused=fused)
+        self.optimizer = torch.optim.Adam(_groups(branch), lr=settings.lr, betas=(0.9, 0.99), fused=fused)
         self.average = averaged(self.trained, settings.ema)
         self.averages = list(self.average.module.parameters())
         self.step = 0
@@ -159,7 +159,7 @@ class BranchTrainer:
     def advance(self, step: Step) -> dict[str, float]:
         """Do one optimiser step, and return the parts of the loss; raises `TrainingError` if it is not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.settings)
+            group["lr"] = group["share"] * learning_rate(self.step, self.settings)
         with drawing_from(step.seed, self.device), self._precision():
             image = self.model.split.place_of(self._render(step))
             batch = TrainingBatch(self.limits.to_signed(image.float()), step.target, step.args, step.kwargs)
@@ -256,6 +256,16 @@ class BranchTrainer:
             state = self.loss.adversary.state()
             tensors |= {f"loss.adversary.{name}": value for name, value in state.items()}
         return tensors
+
+
+def _groups(branch: Branch) -> list[dict[str, Any]]:
+    """Sort the parameters of a branch by their share of the learning rate."""
+    groups = dict[float, list[nn.Parameter]]()
+    for name, parameter in branch.named_parameters():
+        if parameter.requires_grad:
+            share = next((v for start, v in branch.learning_rates().items() if name.startswith(start)), 1.0)
+            groups.setdefault(share, []).append(parameter)
+    return [{"params": parameters, "share": share} for share, parameters in groups.items()]
 
 
 def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
