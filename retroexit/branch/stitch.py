@@ -29,30 +29,32 @@ from retroexit.core.writes import differentiable_writes
 from retroexit.errors import BranchError
 from retroexit.split.segments import Tail, needed_for
 from retroexit.stages.decoder import Cut, is_read_again
+from retroexit.stages.maps import shape_of
 
 __all__ = ["StitchBranch", "StitchPlan", "build_stitch"]
 
 logger = logging.getLogger(__name__)
 
-_WIDTH = 64  # of the correction of a solved convolution, at most
+_WIDTHS = (64, 32, 16, 8)  # of the correction of a solved convolution
+_CORRECTION = 0.04  # of the MACs behind the attach point: most that corrections may cost
 _TRAINED_RATE = 0.1  # learning rate of the copies of trained stages, relative to that of new layers
 
 
 @dataclass(frozen=True)
 class StitchPlan:
-    """Sizes of a branch: the path of the last stage that it skips, and the width of its corrections."""
+    """Sizes of a branch: the path of the last stage that it skips, and the width of its corrections, 0 for none."""
 
     skips_to: str
     width: int
 
 
 class _Stitch(nn.Module):
-    """Makes a value behind the skipped stages: a convolution, plus three more that start at zero.
+    """Makes a value behind the skipped stages: a convolution, plus a correction by three more that starts at zero.
 
     Args:
         feature: The feature that it reads, ``(N, C, ...)``, concatenated with the guide.
         value: The value that it makes, ``(N, D, ...)`` on the same or a finer grid, or tokens ``(N, L, D)``.
-        width: Channels between the three convolutions.
+        width: Channels between the three convolutions; 0 for no correction.
 
     Raises:
         BranchError: If the value has another form.
@@ -70,19 +72,27 @@ class _Stitch(nn.Module):
             self.factors = tuple(v // f for v, f in zip(value.shape[2:], grid, strict=True))
         out = int(value.shape[2 if self.are_tokens else 1]) * math.prod(self.factors)
         self.solved = Convolution(channels, out, len(grid), False)
-        sizes = [channels, width, width, out]
+        sizes = [channels, width, width, out] if width else []
         self.correction = nn.ModuleList(Convolution(a, b, len(grid), False) for a, b in pairwise(sizes))
-        nn.init.zeros_(self.correction[-1].get_submodule("conv").get_parameter("weight"))
+        if width:
+            nn.init.zeros_(self.correction[-1].get_submodule("conv").get_parameter("weight"))
         self.register_buffer("scale", torch.ones(2))  # standard deviations of what is read and made
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the feature ``(N, C, ...)`` to the value."""
-        read, made = self.scale.unbind()
-        y = x / read
-        for layer in self.correction[:-1]:
-            y = functional.relu(layer(y))
-        y = pixel_shuffle(self.solved(x) + made * self.correction[-1](y), self.factors)
+        y = self.solved(x)
+        if len(self.correction):
+            read, made = self.scale.unbind()
+            y = y + made * self._correct(x / read)
+        y = pixel_shuffle(y, self.factors)
         return y.flatten(2).transpose(1, 2) if self.are_tokens else y
+
+    def _correct(self, x: Tensor) -> Tensor:
+        *layers, last = self.correction
+        for layer in layers:
+            x = functional.relu(layer(x))
+        out: Tensor = last(x)
+        return out
 
     @torch.no_grad()
     def solve(self, x: Tensor, value: Tensor, solver: LayerSolver) -> None:
@@ -205,7 +215,8 @@ def build_stitch(
         if _macs(behind.rest) * unit > limit:
             continue
         try:
-            branch = _build(StitchPlan(path, min(_WIDTH, int(values[0].shape[1]))), tail, behind, values, spec, output)
+            sizes = StitchPlan(path, _width(behind, values[0], counter.macs))
+            branch = _build(sizes, tail, behind, values, spec, output)
         except BranchError as error:
             logger.debug("stages up to %s are not skipped: %s", path, error)
             continue
@@ -232,6 +243,18 @@ def _build(
     with torch.random.fork_rng(devices=[]):
         branch.measure(values, spec.guide)
     return branch
+
+
+def _width(cut: Cut, feature: Tensor, macs: int) -> int:
+    """Largest width of corrections that cost little, counted on the feature's grid."""
+    channels, places = int(feature.shape[1]), feature[:, 0].numel() * 3 ** (feature.dim() - 2)
+    outs = [
+        math.prod(shape_of(node)[1:]) / math.prod(feature.shape[2:])
+        for node in cut.crossing
+        if node.op != "placeholder"
+    ]
+    cost = lambda w: sum(places * w * (channels + w + out) for out in outs)  # noqa: E731
+    return next((w for w in _WIDTHS if w <= max(channels, 8) and cost(w) <= _CORRECTION * macs), 0)
 
 
 def _cuts(tail: Tail, stages: Sequence[str]) -> Iterator[tuple[str, Cut]]:

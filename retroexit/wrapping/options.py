@@ -15,7 +15,7 @@ from retroexit.branch.widths.plan import WidthRule
 from retroexit.errors import AttachPointError, OptionError, warn
 from retroexit.guidance.provider import Guidance
 from retroexit.plugins.description import Description
-from retroexit.stages.stage import Stage
+from retroexit.stages.stage import Stage, suggest_skips
 
 BRANCH_SHARE = 0.06
 """Cost of a branch that nobody has sized, as a share of the backbone's."""
@@ -51,7 +51,7 @@ class WrapOptions:
         shadowed: Keywords of ours that the generator's own forward takes.
         predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first
             feature.
-        branches: Kind of branch of each attach point; ``"auto"`` to choose.
+        branches: Kind of branch of each attach point; ``"auto"`` to choose; empty for the suggested kind.
         macs: Cost of the route of each attach point as a share of the backbone's; ``None`` to follow its rule;
             empty to choose.
         plans: What was chosen earlier, one per exit, from a saved model.
@@ -94,12 +94,17 @@ class WrapOptions:
             raise OptionError(f"init must be 'inherit' or 'scratch', got {self.init!r}.")
 
     def at_suggested(self, stages: Sequence[Stage]) -> WrapOptions:
-        """Attach exits behind the suggested stages of l_1..l_N, where the user has left that open."""
+        """Attach exits behind the suggested stages of l_1..l_N, where the user has left that open.
+
+        Where stages of one output size hold half of the MACs, exits skip some of them, see `suggest_skips`.
+        """
         if self.attach_at is not None:
             return self
-        places = tuple(stage.path for stage in stages if stage.is_suggested)
-        one_each = {name: getattr(self, name) * len(places) for name in ("rules", "branches", "macs")}
-        return replace(self, attach_at=places, **one_each)
+        skips = [] if self.branches or self.macs else suggest_skips(stages)
+        places = tuple(s.path for s, _ in skips) or tuple(s.path for s in stages if s.is_suggested)
+        branches = self.branches or ("stitch" if skips else "subpixel",)
+        rules, macs = self.rules * len(places), self.macs * len(places) or tuple(share for _, share in skips)
+        return replace(self, attach_at=places, rules=rules, branches=branches * len(places), macs=macs)
 
     def rule_of(self, stage: Stage) -> WidthRule:
         """Width rule of the branch at a stage."""
