@@ -60,6 +60,8 @@ class _Stitch(nn.Module):
         BranchError: If the value has another form.
     """
 
+    scale: Tensor
+
     def __init__(self, feature: Tensor, value: Tensor, width: int) -> None:
         super().__init__()
         grid, channels = tuple(feature.shape[2:]), int(feature.shape[1])

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from retroexit.branch.branch import Branch
 from retroexit.branch.copy import CopyBranch
 from retroexit.core.files import read_tensors, reading, write_tensors
 from retroexit.core.modules import device_of, watching
+from retroexit.core.progress import progress_bar
 from retroexit.core.samples import ImageRange, drawing_from
 from retroexit.errors import MissingExtraError, TrainingError
 from retroexit.model import EarlyExitGenerator
@@ -320,8 +320,8 @@ def train_branches(
     for trainer in trainers:
         if not trainer.resume():
             trainer.save()  # a run interrupted before the next one starts with the same weights
-    begin, off = min(trainer.step for trainer in trainers), None if progress and steps.team.is_first else True
-    with tqdm(total=settings.steps, initial=begin, desc="branches", disable=off) as bar:
+    begin, shows = min(trainer.step for trainer in trainers), progress and steps.team.is_first
+    with progress_bar(total=settings.steps, initial=begin, desc="branches", show=shows) as bar:
         try:
             for number in range(begin, settings.steps):
                 step = steps.at(number)
@@ -338,7 +338,7 @@ def train_branches(
 
 
 def _train_step(
-    trainers: Sequence[BranchTrainer], step: Step, settings: FitSettings, writer: TrainingWriter | None, bar: tqdm
+    trainers: Sequence[BranchTrainer], step: Step, settings: FitSettings, writer: TrainingWriter | None, bar: Any
 ) -> None:
     # If a run was killed between two checkpoints, some branches are ahead of others.
     due = [trainer for trainer in trainers if trainer.step == step.number]

@@ -106,8 +106,8 @@ class WrapOptions:
         places = tuple(s.path for s, _ in skips) or tuple(s.path for s in stages if s.is_suggested)
         branches = self.branches or ("stitch" if skips else "subpixel",)
         rules, macs = self.rules * len(places), self.macs * len(places) or tuple(share for _, share in skips)
-        sizes = {"rules": rules, "branches": branches * len(places), "macs": macs}
-        return replace(self, attach_at=places, is_suggested=True, **sizes)
+        branches *= len(places)
+        return replace(self, attach_at=places, rules=rules, branches=branches, macs=macs, is_suggested=True)
 
     def rule_of(self, stage: Stage) -> WidthRule:
         """Width rule of the branch at a stage."""
