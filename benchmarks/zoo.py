@@ -24,14 +24,17 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from generators import ENTRIES
 from generators.entry import Entry
+from generators.measure import is_near, measure_kinds
 
 _LIMIT = 600  # seconds for one generator
+_KINDS = ("copy", "subpixel")
 
 
 def main() -> int:
@@ -41,6 +44,7 @@ def main() -> int:
     parser.add_argument("--checkouts", type=Path, help="folder with checkouts of public repositories")
     parser.add_argument("--json", type=Path, help="write all rows to this file")
     parser.add_argument("--markdown", action="store_true", help="print tables in Markdown")
+    parser.add_argument("--kinds", action="store_true", help="measure only exit 1 as a copy and as a sub-pixel branch")
     parser.add_argument("--list", action="store_true", help="list the names and stop")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
@@ -57,9 +61,12 @@ def main() -> int:
         if missing:
             print(f"{entry.name}: left out, {missing} is not installed", file=sys.stderr)
             continue
-        rows.append(_in_own_process(entry, options.checkouts))
-        print(_one_line(rows[-1], options.markdown), flush=True)
-    print(*_totals(rows), sep="\n")
+        if options.kinds:
+            rows.append(_kinds(entry, options.checkouts))
+        else:
+            rows.append(_in_own_process(entry, options.checkouts))
+            print(_one_line(rows[-1], options.markdown), flush=True)
+    print(*(_near_totals if options.kinds else _totals)(rows), sep="\n")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     return 0
@@ -183,12 +190,36 @@ def _first_exits(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [b for b in row["branches"] if b["scale"] == thinnest][:1]
 
 
-def _is_near(row: dict[str, Any]) -> bool:
-    """Return whether exit 1, as a thin copy or else as a sub-pixel branch, costs little more than its attach point."""
-    if any(b["is_near"] for b in _first_exits(row)):
-        return True
-    exit, place = row.get("subpixel") or (1.0, 0.0)
-    return exit <= 1.3 * place + 0.05
+def _kinds(entry: Entry, checkouts: Path | None) -> dict[str, Any]:
+    """Measure exit 1 by kind of branch, and print it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = measure_kinds(entry, checkouts / entry.checkout if checkouts and entry.checkout else None)
+    cells = []
+    for kind in _KINDS:
+        if isinstance(row[kind], str):
+            cells.append(f"{kind} {row[kind]}")
+        else:
+            cells.append(f"{kind} {row[kind][0]:.1%} at {row[kind][1]:.1%}{'' if is_near(*row[kind]) else ' NOT NEAR'}")
+    print(" | ".join([row["name"], *cells]), flush=True)
+    return row
+
+
+def _near_totals(rows: list[dict[str, Any]]) -> list[str]:
+    """How often exit 1 costs little more than its attach point."""
+    near = {kind: [not isinstance(row[kind], str) and is_near(*row[kind]) for row in rows] for kind in _KINDS}
+    near["either kind"] = [any(pair) for pair in zip(*near.values(), strict=True)]
+    return [f"exit 1 near its attach point, {kind}: {_count(good)}" for kind, good in near.items()]
+
+
+def _both_kinds(row: dict[str, Any]) -> dict[str, Any]:
+    """Shares of exit 1 by kind, from a row with everything."""
+    copies = [b["shares"] for b in _first_exits(row) if not b["error"]]
+    return {"copy": copies[0] if copies else "none", "subpixel": row.get("subpixel") or "none"}
+
+
+def _count(good: list[bool]) -> str:
+    return f"{sum(good)} of {len(good)} ({sum(good) / max(1, len(good)):.1%})"
 
 
 def _pair(values: list[int]) -> str:
@@ -207,10 +238,10 @@ def _totals(rows: list[dict[str, Any]]) -> list[str]:
         ("gradients everywhere", [not branch["unreached"] and not branch["error"] for branch in branches]),
         ("equal at another size", [row["size"] for row in rows if row.get("size") is not None]),
         ("equal in bfloat16", [row["half"] for row in rows if row.get("half") is not None]),
-        ("exit 1 near its attach point", [_is_near(row) for row in rows if row["branches"]]),
         ("batch of two alike", [row["batch"] < 1e-3 for row in rows if row.get("batch") is not None]),
     ]
-    return [f"{what}: {sum(good)} of {len(good)} ({sum(good) / max(1, len(good)):.1%})" for what, good in counts]
+    near = _near_totals([_both_kinds(row) for row in rows if row["branches"]])
+    return [*(f"{what}: {_count(good)}" for what, good in counts), *near]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ or, the same through the command line,
 
     retroexit inspect examples/latent_decoder.py:decoder --shape 1,32,16,32
     retroexit evaluate examples/latent_decoder.py:decoder runs/latent \
-        --inputs examples/latent_decoder.py:test_latents --weights ../shared/data/weights/lpips_alex_v0.1.pth
+        --inputs examples/latent_decoder.py:test_latents --references examples/latent_decoder.py:test_photographs \
+        --weights ../shared/data/weights/lpips_alex_v0.1.pth
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 import retroexit
 from retroexit.evaluation.sweep import Evaluation
-from retroexit.report.text_tables import sweep_table, table
+from retroexit.report.text_tables import fidelity_table, sweep_table, table
 
 ATTACH_AT = (3, 4, 5, 6, 7, 8)
 WIDTHS = (16, 16, 16, 20, 24, 32)  # of 64 channels
@@ -104,17 +105,23 @@ def load(name: str, shared: Path) -> nn.Sequential:
     return layers.eval()
 
 
+def photographs(split: str, shared: Path) -> list[Tensor]:
+    """Read the photographs of a split, ``(3, 128, 256)`` in [0, 1]."""
+    street, images = shared / "data/street", []
+    for name in (street / f"{split}.txt").read_text().split():
+        pixels = np.array(Image.open(street / "256x128/image" / f"{name}.jpg").convert("RGB"))
+        images.append(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+    return images
+
+
 @torch.no_grad()
 def latents(split: str, shared: Path, cache: Path) -> Tensor:
     """Encode the photographs of a split, ``(S, 32, 16, 32)``; computed once."""
     path = cache / f"latents-{split}.npy"
     if path.exists():
         return torch.from_numpy(np.load(path, allow_pickle=False))
-    encoder, encoded = load("encoder", shared), []
-    street = shared / "data/street"
-    for name in tqdm((street / f"{split}.txt").read_text().split(), desc=f"encoding {split}", disable=None):
-        pixels = np.array(Image.open(street / "256x128/image" / f"{name}.jpg").convert("RGB"))
-        encoded.append(encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0])
+    encoder = load("encoder", shared)
+    encoded = [encoder(image[None])[0] for image in tqdm(photographs(split, shared), f"encoding {split}", disable=None)]
     cache.mkdir(parents=True, exist_ok=True)
     np.save(path, torch.stack(encoded).numpy(), allow_pickle=False)
     return torch.stack(encoded)
@@ -133,6 +140,11 @@ def train_latents() -> Tensor:
 def test_latents() -> Tensor:
     """Latents to test on, for the command line."""
     return latents("test", shared_folder(), Path("runs/latent"))
+
+
+def test_photographs() -> list[Tensor]:
+    """Photographs that the latents to test on were encoded from, for the command line."""
+    return photographs("test", shared_folder())
 
 
 def summarise(result: Evaluation) -> str:
@@ -169,6 +181,8 @@ def summarise(result: Evaluation) -> str:
         + "; rank correlation "
         + ", ".join(f"{r:.2f}" for r in error["spearman"] if r is not None)
     )
+    parts.append("beside the photographs, and as a share of the decoder's:")
+    parts.append(fidelity_table(result, THRESHOLDS))
     return "\n".join(parts)
 
 
@@ -198,9 +212,10 @@ def main() -> None:
     arguments = parse()
     shared = shared_folder(arguments.shared)
     train = latents("train", shared, arguments.out)[: arguments.train]
-    test = latents("test", shared, arguments.out)
+    test, beside = latents("test", shared, arguments.out), photographs("test", shared)
     if arguments.test is not None:  # spread over the drives
-        test = test[np.linspace(0, len(test) - 1, arguments.test).round().astype(int)]
+        rows = np.linspace(0, len(test) - 1, arguments.test).round().astype(int)
+        test, beside = test[rows], [beside[row] for row in rows]
     model = retroexit.wrap(
         load("decoder", shared),
         attach_at=arguments.attach_at,
@@ -229,9 +244,8 @@ def main() -> None:
     )
     report = arguments.out / "report"
     command = "python examples/latent_decoder.py --out runs/latent"
-    result = retroexit.evaluate(
-        model, test, report, weights=weights, title="taef2: a latent decoder with early exits", command=command
-    )
+    title = "taef2: a latent decoder with early exits"
+    result = retroexit.evaluate(model, test, report, references=beside, weights=weights, title=title, command=command)
     print(summarise(result))
     (report / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1))
     print(f"report: {report / 'report.html'}")

@@ -6,13 +6,14 @@ generator, bit for bit, until an exit is asked for. Reference: FIANCEE, Karpikov
 
 import logging
 
-from retroexit.api import disable, enable, evaluate, find_stages, fit, load, summary, wrap
+from retroexit.api import disable, draft, enable, evaluate, find_stages, fit, load, summary, wrap
 from retroexit.core.files import __version__ as __version__
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import Guidance
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import Description, hookimpl
+from retroexit.runtime import export, load_bundle
 from retroexit.stages.stage import Stage
 from retroexit.wrapping.exits import Exit
 
@@ -26,12 +27,15 @@ __all__ = [
     "RetroExitWarning",
     "Stage",
     "disable",
+    "draft",
     "enable",
     "evaluate",
+    "export",
     "find_stages",
     "fit",
     "hookimpl",
     "load",
+    "load_bundle",
     "summary",
     "wrap",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from retroexit.errors import warn
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.metrics import QualityMetric
+from retroexit.metrics.fidelity import References
 from retroexit.model import EarlyExitGenerator, check_wrapped
 from retroexit.plugins.host import host
 from retroexit.report.report import write_report
@@ -26,6 +27,7 @@ def evaluate(
     inputs: Sequence[Any],
     folder: str | Path | None = None,
     *,
+    references: Iterable[Tensor] | None = None,
     metric: QualityMetric | str | None = None,
     weights: str | Path | None = None,
     title: str | None = None,
@@ -40,6 +42,9 @@ def evaluate(
         model: A wrapped generator, fitted or not.
         inputs: Samples as for `fit`.
         folder: Where ``report.html``, ``summary.json`` and ``evaluation.json`` go; ``None`` writes nothing.
+        references: For every sample the image that it is to look like, such as the photograph that a latent was encoded
+            from: ``(S, C, H, W)``, or ``(C, H, W)`` each, in the range of the generator's images. Exits and backbone
+            are compared with them by PSNR, SSIM and the metric.
         metric: Quality metric or its name; by default the one that the model was fitted with.
         weights: File with the metric's weights.
         title: Heading of the report.
@@ -52,18 +57,20 @@ def evaluate(
         Losses of every sample at every exit, with the sweeps over thresholds as methods.
 
     Raises:
-        OptionError: If the inputs are out of range.
+        OptionError: If the inputs are out of range, or the references differ from the images in number, shape or range.
+        MissingExtraError: If torchmetrics is needed for references and not installed.
         WeightsError: If the metric's weights are missing or damaged.
         StorageError: If the disk is full.
     """
     check_wrapped(model)
+    beside = None if references is None else References(references, len(Samples(inputs)))
     if folder is not None:
         make_folder(folder)
     calibration = model.calibration
     if calibration is not None and calibration.about.get("hash") == Samples(inputs).digest():
         warn("the model was calibrated on these inputs, so they cannot test its promise. Pass others.", 2)
     name = metric or model.about.get("metric", {}).get("name", "lpips-alex")
-    evaluation, run = measure(model, inputs, host().metric(name, weights), progress=progress, **settings)
+    evaluation, run = measure(model, inputs, host().metric(name, weights), beside, progress=progress, **settings)
     if folder is not None:
         title = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
         strips = pick_strips(run, evaluation, show)

@@ -17,6 +17,7 @@ from retroexit.core.samples import ImageRange, Samples, drawing_from, measure_ra
 from retroexit.errors import GeneratorError, OptionError, TrainingError
 from retroexit.guidance.provider import GuideProvider
 from retroexit.metrics import QualityMetric
+from retroexit.metrics.fidelity import References
 from retroexit.routing.calibration import Calibration, check_groups
 from retroexit.routing.router import LossPrediction, Router, circumstances, guide_distance
 from retroexit.split.split import SplitGenerator
@@ -182,17 +183,23 @@ class Measurement:
     metric: QualityMetric
     limits: ImageRange  # of the generator's images
     batch: int = 8  # samples per pass
+    references: References | None = None
+    # After `losses`: PSNR, SSIM and metric of every exit and the backbone to the references, (S, K + 1, 3).
+    fidelity: Tensor | None = None
     # After `losses`: which samples are out of distribution and go to the backbone, bool (S,).
     is_ood: Tensor = field(default_factory=lambda: torch.zeros(0).bool())
 
     @torch.no_grad()
     def losses(self, progress: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Measure all samples: losses ``(S, K)``, predicted losses ``(S, K)``, guide distance ``(S,)``."""
-        losses, predicted, distances, is_far = [], [], [], []
+        losses, predicted, distances, is_far, fidelity = [], [], [], [], []
         with progress_bar(total=len(self.samples), desc="exits against backbone", show=progress) as bar:
             for indices, args, kwargs in self.samples.batches(self.batch):
                 is_ood = torch.zeros(len(indices)).bool()
-                losses.append(self.batch_losses(indices[0], args, kwargs))
+                images = self.images(indices[0], args, kwargs)
+                losses.append(self._losses_of(images))
+                if self.references is not None:
+                    fidelity.append(self.references.compare(indices[0], images, self.limits, self.metric).cpu())
                 if self.model.router.predictor is not None:
                     prediction = self.predict(indices[0], args, kwargs)
                     predicted.append(prediction.losses)
@@ -206,16 +213,15 @@ class Measurement:
                 is_far.append(is_ood)
                 bar.update(len(indices))
         self.is_ood = torch.cat(is_far)
+        self.fidelity = torch.cat(fidelity) if fidelity else None
         return (
             torch.cat(losses).cpu(),
             torch.cat(predicted).cpu() if predicted else None,
             torch.cat(distances).cpu() if distances else None,
         )
 
-    @torch.no_grad()
-    def batch_losses(self, first: int, args: Any, kwargs: Any) -> Tensor:
-        """Losses ``(N, K)`` of one batch, whose first sample has the number ``first``."""
-        images = self.images(first, args, kwargs)
+    def _losses_of(self, images: list[Tensor]) -> Tensor:
+        """Losses ``(N, K)`` of the images of one batch."""
         check_size(self.model, images[-1])
         target = self.limits.to_signed(images[-1])
         return torch.stack([self.metric(self.limits.to_signed(i), target) for i in images[:-1]], 1)
@@ -228,7 +234,7 @@ class Measurement:
 
     @torch.no_grad()
     def images(self, first: int, args: Any, kwargs: Any) -> list[Tensor]:
-        """Images of every exit for one batch, the backbone's last."""
+        """Images of every exit for one batch, the backbone's last; ``first`` is the number of its first sample."""
         with self._seeded(first):
             return [self.model.image(output) for output in self.model.all_exits(*args, **kwargs)]
 

@@ -20,10 +20,14 @@ from retroexit.measuring import calibrate, refuse_fitted
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import host
 from retroexit.routing.calibration import Calibration, Thresholds
+from retroexit.routing.draft import Draft
 from retroexit.routing.latency import Latency, time_exits
-from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, VideoRouter
-from retroexit.routing.router import LossPrediction, Router, render, render_at, render_branch
+from retroexit.routing.policy import Policy, RoutingOptions, RoutingRequest, check_exit
+from retroexit.routing.render import render, render_at, render_branch
+from retroexit.routing.router import LossPrediction, Router
+from retroexit.routing.session import Session
 from retroexit.saving import write_model
+from retroexit.split.rows import merge
 from retroexit.split.split import Begun, SplitGenerator
 from retroexit.wrapping.decomposition import Decomposition, decompose, decompose_again, settle
 from retroexit.wrapping.exits import Exit, exit_table, list_exits
@@ -75,7 +79,7 @@ class EarlyExitGenerator(nn.Module):
     to the cheapest exit whose predicted quality loss is at most ``t``, ``budget=b`` spends a share of the backbone's
     compute, ``deadline_ms=d`` keeps a call within measured times; see `RoutingOptions`.
 
-    Attributes that it does not have itself are those of ``whole``, else of the generator.
+    Attributes that it does not have itself are those of ``whole``, which may be set, else of the generator.
 
     Attributes:
         generator: The user's generator, never changed.
@@ -144,6 +148,23 @@ class EarlyExitGenerator(nn.Module):
         assert exits is not None
         return output, exits
 
+    def draft(self, *inputs: Any, choose: Policy | None = None, **kwargs: Any) -> Draft:
+        """Render as `routed` does, with ``exit=k`` too, and keep what is needed to finish samples later.
+
+        Example:
+            >>> with model.draft(x, exit=1) as draft:
+            ...     show(draft.image)
+            ...     best = draft.finish([3])  # model(x)[[3]], without running the stages before exit 1 again
+        """
+        request, args, kwargs = RoutingRequest.parse(inputs, kwargs, choose=choose)
+        if request.is_plain:
+            raise OptionError(
+                "a draft needs exit, threshold, budget, deadline_ms or choose, got none of them. Pass exit=1 for the "
+                "cheapest exit."
+            )
+        begun = self._begin(args, kwargs)
+        return Draft(self.split, self.branches, self.guide, begun, self.router.choose(begun, request))
+
     def choose_exits(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Choose the exit of each sample without rendering it: ``(N,)`` from 1, ``K + 1`` for the backbone."""
         request, args, kwargs = RoutingRequest.parse(inputs, kwargs)
@@ -187,12 +208,20 @@ class EarlyExitGenerator(nn.Module):
                 features.append(self.split.crossing(values, index)[0].clone())
         return features
 
-    def video(self, hysteresis: float = 0.1) -> VideoRouter:
-        """Route the frames of a video without flicker: ``with model.video() as step: image = step(x, threshold=t)``.
+    def session(self, *, threshold: float, **options: Any) -> Session:
+        """Begin a video, to be rendered without flicker of its exits, see `Session`.
 
-        ``hysteresis`` is the share of the threshold by which a cheaper exit has to be better, in [0, 1).
+        Args:
+            threshold: Largest quality loss to accept, as in a call.
+            **options: ``hysteresis``, the share of the threshold by which a cheaper exit has to be better, in [0, 1),
+                by default 0.1; ``deadline_ms`` for every frame; ``videos``, the number of videos side by side, by
+                default 1.
         """
-        return VideoRouter(self.routed, hysteresis)
+
+        def join(parts: list[tuple[Tensor, Any]], count: int) -> Any:
+            return merge(parts, count, self.split.output_rows or {self.split.decoder.image_path: 1})
+
+        return Session(self.routed, join, threshold=threshold, **options)
 
     def image(self, output: Any) -> Tensor:
         """Find the image ``(N, C, ...)`` in an output."""
@@ -202,12 +231,12 @@ class EarlyExitGenerator(nn.Module):
         self, request: RoutingRequest, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor | None]:
         self._ensure_recorded(args, kwargs)
-        exit = None if request.exit is None else self.router.check_exit(request.exit)
+        exit = None if request.exit is None else check_exit(request.exit, self.router.exits)
         if request.is_plain or exit == self.router.exits:
             return self.generator(*args, **kwargs), None
         begun = self.split.begin(args, kwargs)  # feature (N, C, h, w) and live values at the first cut
         if exit is not None:
-            return render_at(self.split, self.branches[exit - 1], exit - 1, self.guide, begun), None
+            return render_at(self.split, self.branches, exit, self.guide, begun), None
         choice = self.router.choose(begun, request)  # losses (N, K) -> exits (N,)
         output = render(self.split, self.branches, self.guide, begun, choice)  # images (N, 3, H, W), in order
         return output, choice.exits
@@ -286,6 +315,11 @@ class EarlyExitGenerator(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "predictor":  # nn.Module would register the predictor here instead of calling the setter
             self.router.predictor = value
+            return
+        whole = vars(self).get("whole")
+        is_own = whole is None or name in vars(self) or name in self._modules or hasattr(type(self), name)
+        if not is_own and hasattr(whole, name):  # such as the sizes of tiles
+            setattr(whole, name, value)
         else:
             super().__setattr__(name, value)
 

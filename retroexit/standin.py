@@ -15,7 +15,7 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
 
-__all__ = ["EarlyExitDecoder", "Part", "part_to_wrap"]
+__all__ = ["AnsweringDecoder", "EarlyExitDecoder", "Part", "part_to_wrap"]
 
 _SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _PASSED_ON = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what diffusers sets on a decoder
@@ -93,11 +93,7 @@ class EarlyExitDecoder(nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
         """Decode latents ``(N, C, h, w)`` to images ``(N, 3, H, W)``, range about ``[-1, 1]``."""
-        # Autoencoders pass None for optional inputs that are absent; the recording has only those present.
-        present = list(inputs)
-        while present and present[-1] is None:
-            present.pop()
-        named = {name: value for name, value in kwargs.items() if value is not None}
+        present, named = _present(inputs, kwargs)
         if self.routing:
             image, exits = self.model.routed(*present, **self.routing, **named)
             self.counts.update(exits.flatten().tolist())
@@ -134,6 +130,29 @@ class EarlyExitDecoder(nn.Module):
             setattr(self.unwrap(), name, value)
         else:
             super().__setattr__(name, value)
+
+
+class AnsweringDecoder(EarlyExitDecoder):
+    """A decoder with early exits whose calls are answered by a function of the inputs that are present."""
+
+    answer: Callable[..., Tensor]
+
+    def __init__(self, model: EarlyExitGenerator, answer: Callable[..., Tensor]) -> None:
+        super().__init__(model)
+        vars(self).update(answer=answer)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        """Call the function."""
+        present, named = _present(inputs, kwargs)
+        return self.answer(*present, **named)
+
+
+def _present(inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Drop the ``None`` that autoencoders pass for optional inputs; the recording has only those present."""
+    present = list(inputs)
+    while present and present[-1] is None:
+        present.pop()
+    return present, {name: value for name, value in kwargs.items() if value is not None}
 
 
 @dataclass(frozen=True)

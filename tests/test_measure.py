@@ -13,9 +13,10 @@ from retroexit.core.modules import count_macs
 from retroexit.core.samples import ImageRange, Samples
 from retroexit.errors import OptionError, OutputError
 from retroexit.evaluation.measure import measure
-from retroexit.evaluation.sweep import Evaluation
+from retroexit.evaluation.sweep import Evaluation, fidelity_rows
 from retroexit.measuring import Measurement
 from retroexit.report.strips import _picture, pick_strips
+from retroexit.report.text_tables import fidelity_table
 
 
 class Decoder(nn.Module):
@@ -122,6 +123,75 @@ def test_without_a_folder_nothing_is_written(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OptionError, match="inputs must be a non-empty sequence of samples, got list"):
         retroexit.evaluate(model, [], metric=Distance())
+
+
+def _ssim(a, b):
+    """Mean structural similarity of images (C, H, W) in [0, 1], window by window."""
+    side = np.arange(11) - 5
+    window = np.exp(-(side[:, None] ** 2 + side**2) / (2 * 1.5**2))
+    window, values = window / window.sum(), []
+    for x, y in zip(a, b, strict=True):
+        for i in range(x.shape[0] - 10):
+            for j in range(x.shape[1] - 10):
+                u, v = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
+                mean_u, mean_v = (window * u).sum(), (window * v).sum()
+                var_u, var_v = (window * u * u).sum() - mean_u**2, (window * v * v).sum() - mean_v**2
+                covariance = (window * u * v).sum() - mean_u * mean_v
+                luminance = (2 * mean_u * mean_v + 0.01**2) / (mean_u**2 + mean_v**2 + 0.01**2)
+                values.append(luminance * (2 * covariance + 0.03**2) / (var_u + var_v + 0.03**2))
+    return np.mean(values)
+
+
+REFERENCES = torch.rand(11, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+def test_exits_and_backbone_are_compared_with_references(model, tmp_path):
+    references = REFERENCES.clone()
+    with torch.no_grad():
+        references[2] = model(INPUTS[2:3])[0]  # equal to the backbone's
+    options = {"metric": Distance(), "repeats": 0, "progress": False, "batch": 4}
+    result = retroexit.evaluate(model, INPUTS, tmp_path, references=iter(references), **options)
+    assert result.fidelity.shape == (11, 3, 3)
+    for row in (0, 2, 9):
+        for k in (1, 2, 3):
+            with torch.no_grad():
+                image = model(INPUTS[row : row + 1], exit=k)[0].double().numpy()
+            target = references[row].double().numpy()
+            error = ((image - target) ** 2).mean()
+            psnr = 100 if error < 1e-10 else -10 * np.log10(error)
+            by_hand = [psnr, _ssim(image, target), 2 * np.abs(image - target).mean()]
+            assert result.fidelity[row, k - 1] == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
+    again = Evaluation.from_json((tmp_path / "evaluation.json").read_text())
+    assert np.array_equal(again.fidelity, result.fidelity)
+    point = result.at_threshold(0.1)
+    rows = json.loads((tmp_path / "summary.json").read_text())["fidelity"]
+    assert rows == fidelity_rows(result, [row["threshold"] for row in rows[3:]])
+    assert [row["exit"] for row in rows[:4]] == [1, 2, 3, None] and rows[2]["psnr_share"] == 1
+    routed = fidelity_rows(result, [0.1])[3]
+    taken = [result.fidelity[row, exit - 1, 0] for row, exit in enumerate(point.exit_of)]
+    assert routed["psnr"] == pytest.approx(np.mean(taken))
+    assert routed["psnr_share"] == pytest.approx(np.mean(taken) / result.fidelity[:, 2, 0].mean())
+    assert f"{rows[0]['psnr']:.2f}" in fidelity_table(result, [0.1])
+    assert '<table id="fidelity">' in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        (REFERENCES[:10], "must be one image for each of 11 samples, got 10. Pass them in the order of the inputs"),
+        ([*REFERENCES[:10], None], r"of shape \(3, 32, 32\) like the first, got a NoneType for sample 10"),
+        ((255 * REFERENCES).byte(), r"floating-point tensors of shape \(C, H, W\), got torch.uint8 of shape"),
+        (REFERENCES[:, None], r"got torch.float32 of shape \(1, 3, 32, 32\) for sample 0. Pass images \(N, C, H, W\)"),
+        (REFERENCES[..., :16], r"must have the shape \(3, 32, 32\) of the images, got \(3, 32, 16\). Crop or resize"),
+        (255 * REFERENCES, r"range \[0, 1\] of the generator's images, got values from .* to 25\d.*Scale them"),
+        (2 * REFERENCES - 1, r"range \[0, 1\] .* got values from -"),
+        (REFERENCES / 255, r"range \[0, 1\] .* to 0.0039"),
+    ],
+)
+def test_references_that_do_not_fit_are_refused_before_anything_is_measured(model, references, message, monkeypatch):
+    monkeypatch.setattr(Measurement, "losses", lambda *_: pytest.fail("measured"))
+    with pytest.raises(OptionError, match=message):
+        retroexit.evaluate(model, INPUTS, references=references, metric=Distance(), progress=False)
 
 
 def test_a_model_that_was_never_fitted_can_be_measured(tmp_path):

@@ -54,8 +54,12 @@ class BranchRow:
     @property
     def is_near(self) -> bool:
         """Whether the exit costs little more than its attach point."""
-        exit, place = self.shares
-        return not self.error and exit <= 1.3 * place + 0.05
+        return not self.error and is_near(*self.shares)
+
+
+def is_near(exit: float, place: float) -> bool:
+    """Whether the share of an exit is at most 1.3 times that of its attach point plus 5 %."""
+    return exit <= 1.3 * place + 0.05
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Row:
     copies: str | None = None  # what differs in a copy of the model, empty if nothing
     size: bool | None = None  # equal to the generator at another size; None if it takes no other
     half: bool | None = None  # the same in bfloat16; None if it does not run in that
-    subpixel: tuple[float, float] | None = None  # shares of a sub-pixel branch, where the first copy is not near
+    subpixel: tuple[float, float] | None = None  # shares of exit 1 as a sub-pixel branch, and of its attach point
     seconds: float = 0.0  # to wrap at the first scale
     memory: tuple[float, float] = (0.0, 0.0)  # MiB: peak while wrapping, and the model's own size
     errors: dict[str, str] = field(default_factory=dict)  # by step
@@ -143,9 +147,7 @@ def measure_entry(
         row.copies = attempt("copies", check_copies, everywhere, made)
         if save_to is not None:
             attempt("save", write, everywhere, made, save_to)
-    first = [branch for branch in row.branches if branch.scale == min(scales)][:1]
-    if first and not first[0].is_near:
-        row.subpixel = attempt("subpixel", _subpixel_shares, entry, made, places[:1], tap)
+    row.subpixel = attempt("subpixel", _first_exit, entry, made, places, tap, "subpixel")
     row.self_test = bool(attempt("self-test", _full_width_equals, entry, made, places, tap, before))
     return row
 
@@ -178,6 +180,7 @@ def _plain_wrap(entry: Entry, made: Made, places: list[int], scale: float, tap: 
         made.generator,
         places,
         scale,
+        branch="copy",
         tap=tap,
         min_channels=entry.floor,
         example_inputs=cloned(made.args),
@@ -294,17 +297,33 @@ def _same_backbone(model: EarlyExitGenerator, made: Made, before: list[Tensor], 
     return same and facts == new_facts and all(torch.equal(old[name], new[name]) for name in old)
 
 
-def _subpixel_shares(entry: Entry, made: Made, places: list[int], tap: str) -> tuple[float, float]:
-    """Shares of a sub-pixel branch and of its attach point."""
+def measure_kinds(entry: Entry, checkout: Path | None = None) -> dict[str, Any]:
+    """Shares of exit 1 by kind of branch, and of its attach point; as text, why there is none."""
+    made = make(entry, checkout)
+    count = len(_find(made, entry))
+    tap, places = ("before", [1]) if count == 1 else ("after", spread(count))
+    row: dict[str, Any] = {"name": entry.name}
+    for kind in ("copy", "subpixel"):
+        try:
+            row[kind] = _first_exit(entry, made, places, tap, kind)
+        except Exception as error:
+            row[kind] = f"{type(error).__name__}: {error}"
+    return row
+
+
+def _first_exit(entry: Entry, made: Made, places: list[int], tap: str, kind: str) -> tuple[float, float]:
+    """Shares of the first exit with some kind of branch, a copy at the thinnest scale, and of its attach point."""
+    options = {"scale": min(SCALES), "min_channels": entry.floor} if kind == "copy" else {}
     model = retroexit.wrap(
         made.generator,
-        places,
-        branch="subpixel",
+        places[:1],
+        branch=kind,
         tap=tap,
         example_inputs=cloned(made.args),
         example_kwargs=cloned(made.kwargs),
         adapter=False,
         image=entry.image,
+        **options,
     )
     exit, tail = model.exits[0], model.branches[0]
     with torch.no_grad():

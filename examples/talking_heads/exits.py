@@ -30,6 +30,7 @@ from retroexit.guidance import GuidanceBank, build_bank
 from retroexit.metrics import LPIPS
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import ExactRetriever
+from retroexit.routing.session import Session
 
 ATTACH_AT = (3, 6, 8)  # of the decoder's ten stages; the paper: 2, 4 and 6 of nine
 WIDTHS = (8, 16, 32)  # of 64 channels: scale factors 1/8, 1/4 and 1/2
@@ -116,6 +117,22 @@ def fit(model: EarlyExitGenerator, inputs: Inputs, folder: Path, bank: GuidanceB
     shutil.rmtree(features)
 
 
+@torch.no_grad()
+def played(model: EarlyExitGenerator, frames: Inputs, threshold: float) -> str:
+    """Play the frames of every person as a video of its own; say how often exits change."""
+    changes = []
+    for hysteresis in (0.0, 0.1):
+        sessions: dict[int, Session] = {}
+        for latent, clip in frames:
+            session = sessions.setdefault(int(clip), model.session(threshold=threshold, hysteresis=hysteresis))
+            session(latent[None], clip[None])
+        changes.append(sum(session.changes for session in sessions.values()))
+    return (
+        f"{len(frames)} frames of {len(sessions)} people at {threshold:g}: exits change {changes[0]} times, with a "
+        f"hysteresis of .1 {changes[1]} times"
+    )
+
+
 def run(width: int, is_guided: bool, clips: Clips, key: PoseKey, options: argparse.Namespace) -> Run:
     """Fit and test the exits of one scale factor, unless that has been done with these settings."""
     folder = options.out / f"width-{width}-{'guided' if is_guided else 'plain'}"
@@ -142,6 +159,7 @@ def run(width: int, is_guided: bool, clips: Clips, key: PoseKey, options: argpar
         batch=1,
         repeats=options.repeats,
     )
+    print(played(model, test, round(float(evaluation.loss.mean()), 3)))
     wrong = {}
     if new is not None and width in options.wrong:  # on every third image, to save time
         wrong["the same images, right guides"] = evaluation.loss[::3].mean(0).tolist()

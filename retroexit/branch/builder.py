@@ -50,6 +50,8 @@ class BranchSpec:
         widths: Gives the `TailWidths` of the tail; see `SharedAnalysis.of`.
         macs: Most multiply-accumulates of the branch on the example values, for kinds whose sizes are chosen by
             cost; ``None`` to follow ``rule``.
+        rows: Rows of one sample in the feature and in each live value, 0 for a constant; empty where samples cannot
+            be told apart.
     """
 
     rule: WidthRule
@@ -63,6 +65,7 @@ class BranchSpec:
     samples: Sequence[Tensor] = ()
     widths: Callable[..., TailWidths] | None = None
     macs: float | None = None
+    rows: Sequence[int] = ()
 
 
 def build_branch(

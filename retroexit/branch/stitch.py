@@ -206,7 +206,7 @@ def build_stitch(
     with torch.no_grad(), torch.random.fork_rng(devices=[]), MacCounter() as counter:
         torch.manual_seed(spec.seed)
         returned, _ = _run(tail, values, ())
-    output = Output.of(returned, spec.image, values[0])
+    output = Output.of(returned, values[0], spec)
     limit = counter.macs / 2 if spec.macs is None else spec.macs
     if plan is not None:
         chosen = StitchPlan(**plan)

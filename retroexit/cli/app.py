@@ -17,6 +17,7 @@ from retroexit.cli import options
 from retroexit.cli.bank import bank
 from retroexit.cli.doctor import doctor, plugins
 from retroexit.cli.evaluate import calibrate, evaluate, report
+from retroexit.cli.export import export
 from retroexit.cli.fit import fit
 from retroexit.cli.inspect import inspect as inspect_command
 from retroexit.demo import run as demo_run
@@ -54,6 +55,7 @@ COMMANDS: Final[dict[str, Any]] = {
     "calibrate": calibrate,
     "evaluate": evaluate,
     "report": report,
+    "export": export,
     "bank": bank,
     "plugins": plugins,
     "doctor": doctor,

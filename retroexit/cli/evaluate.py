@@ -10,14 +10,14 @@ from typer import Argument, Option
 
 import retroexit
 from retroexit.cli import options
-from retroexit.cli.load_target import example_of, load_generator, load_made
+from retroexit.cli.load_target import example_of, load_generator, load_made, load_references
 from retroexit.errors import OptionError
 from retroexit.evaluation.sweep import EXPECTATION, left_out_rows, promise_summary
 from retroexit.fit import measure_times
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.report import write_report
 from retroexit.report.saved_report import find_report, model_facts, read_evaluation, read_report
-from retroexit.report.text_tables import left_out_table, limits_table, promise_table, sweep_table
+from retroexit.report.text_tables import fidelity_table, left_out_table, limits_table, promise_table, sweep_table
 from retroexit.routing.calibration import Thresholds
 from retroexit.saving import read_calibration
 
@@ -90,6 +90,13 @@ def evaluate(
     context: typer.Context,
     fitted: Fitted,
     out: Annotated[Path | None, Option(help="Folder for the report; FOLDER/report by default.")] = None,
+    references: Annotated[
+        str | None,
+        Option(
+            help="Images that the outputs are to look like: a folder of pictures, in the order of their names one per "
+            "sample, or package.module:name."
+        ),
+    ] = None,
 ) -> None:
     """Measure every exit on new inputs, print the sweep over thresholds, write a report.
 
@@ -98,9 +105,12 @@ def evaluate(
     """
     model, samples, thresholds = fitted.load()
     place = out or fitted.folder / "report"
-    result = retroexit.evaluate(model, samples, place, weights=fitted.weights, command=context.obj)
+    beside = None if references is None else load_references(references, model)
+    result = retroexit.evaluate(model, samples, place, references=beside, weights=fitted.weights, command=context.obj)
     typer.echo(str(model))
     typer.echo(sweep_table(result, thresholds))
+    if beside is not None:
+        typer.echo(f"beside the references, and as a share of the backbone's:\n{fidelity_table(result, thresholds)}")
     promise = promise_summary(result, model.calibration, thresholds)
     if promise is None:
         typer.echo(EXPECTATION)

@@ -46,6 +46,7 @@ Exits: Any = options.group_of(
     tap="Take the stage's output (after) or its input (before).",
     guidance=Annotated[bool, Option(help="Guide branches by retrieval.")],
     image=options.ImageKey,
+    image_only="Early exits give the image alone, and drop other tensors of the output.",
     image_range="Smallest and largest pixel value, 0,1 or -1,1; measured by default.",
     init="Starting weights: inherit or scratch.",
     width_rule="How widths follow from the scale: floor, multiple-of-8, a plug-in's.",

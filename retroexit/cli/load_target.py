@@ -11,17 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retroexit.core.samples import Samples
+from retroexit.core.files import reading
+from retroexit.core.samples import ImageRange, Samples
 from retroexit.errors import OptionError, closest
+from retroexit.model import EarlyExitGenerator
 
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""
 
 logger = logging.getLogger(__name__)
 _ARGUMENTS = "Write literals, as in --args \"256, norm='batch'\""
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _VERBOSE = "set RETROEXIT_VERBOSE=1 to see where it was raised."
 
 
@@ -159,6 +163,26 @@ def load_network(spec: str, option: str) -> nn.Module:
             f"{option} must be a torch.nn.Module or its factory, got a {type(network).__name__} from {spec}"
         )
     return network
+
+
+def load_references(spec: str, model: EarlyExitGenerator) -> Any:
+    """Make what ``package.module:name`` names, or read the pictures of a folder in the range of a model's images."""
+    folder = Path(spec)
+    if not folder.is_dir():
+        return load_made(spec)
+    from PIL import Image
+
+    names = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICTURES)
+    limits = ImageRange(*model.about.get("image_range", model.options.image_range or (-1.0, 1.0)))
+    mode = "L" if model.split.decoder.image.meta["shape"][1] == 1 else "RGB"
+
+    def read(path: Path) -> Tensor:
+        with reading(path, "Remove it, or save it again.", OptionError), Image.open(path) as picture:
+            pixels = np.array(picture.convert(mode))
+        image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+        return limits.from_signed(image.float() / 127.5 - 1)
+
+    return [read(path) for path in names]
 
 
 def example_of(example: Inputs | None, samples: Any) -> Inputs:

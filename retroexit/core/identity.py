@@ -49,7 +49,7 @@ class Identity:
     def of(cls, module: nn.Module) -> Identity:
         """Read the identity of a module; hashes all weights."""
         module = unwrapped(module)
-        return cls(type(module).__name__, {name: _summary(tensor) for name, tensor in _named_tensors(module)})
+        return cls(type(module).__name__, {name: _summary(tensor) for name, tensor in named_tensors(module)})
 
     @property
     def fingerprint(self) -> str:
@@ -92,7 +92,7 @@ class Identity:
         )
 
 
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and persistent buffers, under the names that they have without wrappers of inner modules."""
     named = [(name, value) for name, value in module.state_dict().items() if isinstance(value, Tensor)]
     plain = [".".join(part for part in name.split(".") if part != "_orig_mod") for name, _ in named]

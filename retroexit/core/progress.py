@@ -15,6 +15,8 @@ _LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} passed, {remaining} left{post
 class _Lines(tqdm):
     """Writes a line instead of drawing over the last one."""
 
+    disable: bool
+
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
         """Return what writes one state of the bar."""

@@ -14,10 +14,11 @@ from retroexit.core.files import versions
 from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of, unit_of
 from retroexit.core.nested import tensors
-from retroexit.core.samples import Samples, drawing_from
+from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.evaluation.sweep import Evaluation
 from retroexit.measuring import Measurement, check_measure, check_samples, limits_of
 from retroexit.metrics import QualityMetric
+from retroexit.metrics.fidelity import References
 from retroexit.model import EarlyExitGenerator
 from retroexit.routing.latency import time_turns
 
@@ -32,6 +33,7 @@ def measure(
     model: EarlyExitGenerator,
     inputs: Sequence[Any],
     metric: QualityMetric,
+    references: References | None = None,
     *,
     seed: int = 10_000,
     batch: int = 8,
@@ -47,7 +49,10 @@ def measure(
     device = device_of(model.generator)
     metric.to(device)
     check_measure(model, metric)
-    run = Measurement(model, samples, metric, limits_of(model, samples, metric, batch), batch)
+    run = Measurement(model, samples, metric, limits_of(model, samples, metric, batch), batch, references)
+    if references is not None:
+        args, kwargs = moved(samples.gather([0]), device)
+        references.check(run.limits, model.image(model.route(args, kwargs)).shape[1:])
     losses, predicted, distances = run.losses(progress)
     exits = model.exits
     with drawing_from(seed, device):
@@ -67,6 +72,7 @@ def measure(
         distance=None if distances is None else distances.double().numpy(),
         ood=run.is_ood.double().numpy(),
         seconds=seconds,
+        fidelity=None if run.fidelity is None else run.fidelity.double().numpy(),
         about={
             "generator": type(model.generator).__name__,
             "fingerprint": fingerprint(model.generator)[:16],

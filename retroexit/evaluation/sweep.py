@@ -59,6 +59,8 @@ class Evaluation:
         ood: 1 for samples that are out of distribution and go to the backbone, else 0, shape ``(S,)``, or ``None``.
         seconds: Median wall-clock seconds of each route, shape ``(K + 1,)``, or ``None``.
         about: Other facts: generator, data, seed, machine, versions.
+        fidelity: PSNR in dB, SSIM and the metric of every exit's image to the sample's reference, shape
+            ``(S, K + 1, 3)``, last exit = backbone; ``None`` without references.
 
     Raises:
         OptionError: If shapes disagree or a number is not finite.
@@ -74,6 +76,7 @@ class Evaluation:
     seconds: Array | None = None
     about: dict[str, Any] = field(default_factory=dict)
     ood: Array | None = None
+    fidelity: Array | None = None
 
     def __post_init__(self) -> None:
         loss = np.asarray(self.loss, dtype=np.float64)
@@ -82,9 +85,10 @@ class Evaluation:
         samples, exits = loss.shape
         shapes = {"loss": loss.shape, "predicted": loss.shape, "distance": (samples,), "ood": (samples,)}
         shapes |= dict.fromkeys(("macs", "overhead", "seconds"), (exits + 1,))
+        shapes["fidelity"] = (samples, exits + 1, 3)
         for name, shape in shapes.items():
             value = getattr(self, name)
-            if value is None and name in ("predicted", "distance", "seconds", "ood"):
+            if value is None and name in ("predicted", "distance", "seconds", "ood", "fidelity"):
                 continue
             value = np.asarray(value, dtype=np.float64)
             if value.shape != shape:
@@ -231,6 +235,27 @@ class Evaluation:
             exit_of=leave_at + 1,
             loss_of=loss,
         )
+
+
+def fidelity_rows(evaluation: Evaluation, taus: Sequence[float]) -> list[dict[str, Any]]:
+    """Compare exits, routing and backbone with the references, as plain JSON types; empty without references.
+
+    Each row is a fixed exit or a threshold, with the means of ``psnr`` (dB), ``ssim`` and ``metric`` and their shares
+    of the backbone's.
+    """
+    if evaluation.fidelity is None:
+        return []
+    points = [evaluation.fixed(k) for k in range(1, len(evaluation.macs) + 1)]
+    points += evaluation.sweep(taus) if evaluation.predicted is not None else []
+    backbone, rows = evaluation.fidelity[:, -1].mean(0), []
+    for point in points:
+        means = evaluation.fidelity[np.arange(len(point.exit_of)), point.exit_of - 1].mean(0)
+        exit = int(point.exit_of[0]) if point.threshold is None else None
+        row: dict[str, Any] = {"exit": exit, "threshold": point.threshold, "share": point.share}
+        for name, mean, whole in zip(("psnr", "ssim", "metric"), means.tolist(), backbone.tolist(), strict=True):
+            row |= {name: mean, f"{name}_share": mean / whole if whole else None}
+        rows.append(row)
+    return rows
 
 
 def promise_summary(

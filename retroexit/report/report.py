@@ -12,7 +12,15 @@ import numpy as np
 from retroexit.core.files import replacing
 from retroexit.core.modules import unit_of
 from retroexit.errors import MissingExtraError, OptionError
-from retroexit.evaluation.sweep import EXPECTATION, Evaluation, highlighted, plain_json, promise_summary, thresholds_for
+from retroexit.evaluation.sweep import (
+    EXPECTATION,
+    Evaluation,
+    fidelity_rows,
+    highlighted,
+    plain_json,
+    promise_summary,
+    thresholds_for,
+)
 from retroexit.report import figures
 from retroexit.report.saved_report import SavedReport, hashes, model_facts, save_report
 from retroexit.report.strips import Strip, data_address
@@ -96,6 +104,7 @@ def _summary(evaluation: Evaluation, taus: Sequence[float], calibration: Calibra
         "sweep": list(sweep.values()),
         "oracle": [evaluation.oracle(tau).row() for tau in taus],
         "fixed": [{"exit": k, **evaluation.fixed(k).row()} for k in range(1, len(evaluation.macs) + 1)],
+        "fidelity": fidelity_rows(evaluation, taus),
         "gain_factor": _gain_factor(evaluation, taus),
         "predictor_error": evaluation.predictor_error() if routed else None,
         "promise": promise_summary(evaluation, calibration, taus),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from retroexit.evaluation.sweep import Evaluation
+from retroexit.evaluation.sweep import Evaluation, fidelity_rows
 from retroexit.model import EarlyExitGenerator
 from retroexit.wrapping.exits import table
 
@@ -15,6 +15,20 @@ def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
         losses = [f"{point.mean_loss:.4f}", f"{point.p90_loss:.4f}", _percent(point.violations)]
         rows.append([f"{point.threshold:g}", _percent(point.saved), *losses, " ".join(map(str, point.counts))])
     return table(["threshold", "saved", "mean", "90 %", "violations", "samples per exit"], rows)
+
+
+def fidelity_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
+    """Show how close exits, routing and backbone come to the references, and what share of the backbone's that is."""
+    rows = []
+    for row in fidelity_rows(evaluation, thresholds):
+        last = row["exit"] == len(evaluation.macs)
+        name = f"<= {row['threshold']:g}" if row["exit"] is None else "backbone" if last else str(row["exit"])
+        cells = [name, _percent(row["share"])]
+        for key, digits in (("psnr", 2), ("ssim", 4), ("metric", 4)):
+            cells += [f"{row[key]:.{digits}f}", _percent(row[f"{key}_share"])]
+        rows.append(cells)
+    name = str(evaluation.metric.get("name", "metric"))
+    return table(["exit", "MACs", "PSNR", "", "SSIM", "", name, ""], rows)
 
 
 def limits_table(model: EarlyExitGenerator, thresholds: Sequence[float]) -> str:

@@ -222,16 +222,20 @@ class Calibration:
 
     def _find(self, scores: Array, largest: float, left_out: int | None = None) -> float:
         """Find the largest limit that scores ``(S,)`` allow, maybe without one group."""
+        worst, *others = (min(limit, largest) for limit in self._lowest(scores, left_out))
+        # As far below the worst group as that is below the second worst: so it holds for each if left out.
+        return worst * (worst / others[0] if others and worst > 0 else 1.0)
+
+    def _lowest(self, scores: Array, left_out: int | None = None) -> list[float]:
+        """Limit that scores ``(S,)`` allow; for ``rule="worst-group"`` those of the two worst groups."""
         if not len(self._names):
-            return min(_below(scores, self._allowed), largest)
+            return [_below(scores, self._allowed)]
         weights = 1 / np.bincount(self._group)[self._group]
         if self.rule != "worst-group":
             rest = self._group != left_out
-            return min(_below(scores[rest], self._allowed, weights[rest]), largest)
+            return [_below(scores[rest], self._allowed, weights[rest])]
         members = [self._group == group for group in range(len(self._names)) if group != left_out]
-        worst, *others = sorted(min(_below(scores[m], self._allowed, weights[m]), largest) for m in members)
-        # As far below the worst group as that is below the second worst: so it holds for each if left out.
-        return worst * (worst / others[0] if others and worst > 0 else 1.0)
+        return sorted(_below(scores[m], self._allowed, weights[m]) for m in members)[:2]
 
     def _limits_at(self, tau: float, left_out: int | None = None) -> Tensor:
         """Limits ``(K,)`` for a threshold, maybe without one group."""
@@ -259,6 +263,22 @@ class Calibration:
             return torch.stack([self.limits(value) for value in threshold.tolist()])
         tau = float(threshold) if isinstance(threshold, Tensor) else threshold
         return self._limits(check_number("threshold", tau))
+
+    def table(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Write `limits` down for every threshold.
+
+        Returns:
+            Arrays: ``steps`` ``(T,)``, thresholds at which the limit jumps; ``limits`` ``(T + 1, 1 or 2)``, the limits
+            below, between and above them, of the two worst groups for ``rule="worst-group"``; ``predicted`` ``(S,
+            K)``. And JSON types: the ``thresholds`` promised, the ``ratio`` of limit and threshold if all are, and the
+            largest limit, ``largest`` times the threshold and ``highest``.
+        """
+        steps = np.unique(self._losses)
+        limits = [self._lowest(self._scores(float(tau))) for tau in (-1.0, *steps)] if self._ratio is None else [[0.0]]
+        arrays = {"steps": steps, "limits": np.array(limits), "predicted": self.predicted.numpy()}
+        thresholds = list(self.thresholds) if isinstance(self.thresholds, tuple) else None
+        bounds = {"largest": _LARGEST_LIMIT, "highest": float(self._predicted.max())}
+        return arrays, {"thresholds": thresholds, "ratio": self._ratio, **bounds}
 
     def lagrange_multiplier(self, shares: Tensor, budget: float) -> float:
         """Multiplier at which these inputs spend a budget on average; see `policy.lagrange_multiplier`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Self, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -130,6 +130,13 @@ def check_number(name: str, value: float) -> float:
     return float(value)
 
 
+def check_exit(exit: int, exits: int) -> int:
+    """Raise `OptionError` unless an exit is a number from 1 to ``exits``, the backbone; returns it."""
+    if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= exits:
+        raise OptionError(f"exit must be an integer from 1 to {exits}, the backbone, got {exit!r}.")
+    return exit
+
+
 def _check_numbers(name: str, values: Any) -> float | Tensor:
     """Check one number, or one per sample as a tensor, an array or a list."""
     if isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str):
@@ -242,58 +249,3 @@ def assign_with_hysteresis(predicted: Tensor, limits: Tensor, previous: Tensor |
     still_good = good.gather(1, previous[:, None] - 1)[:, 0]
     moved = torch.where(previous > clearly_good, clearly_good, needed)
     return torch.where(still_good & (previous <= clearly_good), previous, moved)
-
-
-class VideoRouter:
-    """Renders the frames of one video, or of N side by side, and keeps exits where the loss allows it.
-
-    A frame that needs a deeper exit gets it at once; a cheaper exit is taken only if its predicted loss is below the
-    threshold by the share ``hysteresis``, in [0, 1). Made by ``model.video()``.
-
-    Attributes:
-        exits: Exits of the previous frame, ``(N,)`` from 1; ``None`` before the first one.
-        frames: Number of frames so far.
-        changes: How often a stream changed its exit.
-
-    Raises:
-        OptionError: If ``hysteresis`` is out of range.
-    """
-
-    def __init__(self, routed: Callable[..., tuple[Any, Tensor]], hysteresis: float = 0.1) -> None:
-        if not is_number(hysteresis) or not 0 <= hysteresis < 1:
-            raise OptionError(
-                f"hysteresis must be in [0, 1), got {hysteresis!r}. It is a share of the threshold, such as 0.1."
-            )
-        self._routed, self.hysteresis = routed, hysteresis
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin another video."""
-        self.exits: Tensor | None = None
-        self.frames = self.changes = 0
-
-    def __enter__(self) -> Self:
-        self.reset()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.exits = None
-
-    def __call__(self, *inputs: Any, threshold: float | Tensor, deadline_ms: float | None = None, **kwargs: Any) -> Any:
-        """Render the next frame of every stream, one sample each; `OptionError` if their number changed."""
-        output, exits = self._routed(
-            *inputs, threshold=threshold, deadline_ms=deadline_ms, choose=self._choose, **kwargs
-        )
-        if self.exits is not None:
-            self.changes += int((exits != self.exits).sum())
-        self.exits = exits
-        self.frames += 1
-        return output
-
-    def _choose(self, predicted: Tensor, limits: Tensor | None) -> Tensor:
-        assert limits is not None
-        if self.exits is not None and len(self.exits) != len(predicted):
-            raise OptionError(
-                f"the number of streams must stay {len(self.exits)}, got {len(predicted)}. Call reset() between videos."
-            )
-        return assign_with_hysteresis(predicted, limits, self.exits, self.hysteresis)

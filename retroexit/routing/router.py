@@ -1,8 +1,8 @@
-"""Choose an exit for every sample of a batch (paper section 3.2), and run the batch."""
+"""Choose an exit for every sample of a batch (paper section 3.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retroexit.core.modules import count_macs
-from retroexit.core.nested import clone_strided, tensors
+from retroexit.core.nested import tensors
 from retroexit.errors import OptionError, TrainingError, warn
 from retroexit.guidance.provider import GuideProvider
 from retroexit.retrieval import SearchResult
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency
-from retroexit.routing.policy import RoutingRequest, assign_by_budget, assign_exits
+from retroexit.routing.policy import RoutingRequest, assign_by_budget, assign_exits, check_exit
 from retroexit.routing.predictor import OODCounter, Predictor
-from retroexit.split.rows import merge
-from retroexit.split.split import Begun, SplitGenerator, Values
+from retroexit.routing.render import Choice
+from retroexit.split.split import Begun
 from retroexit.wrapping.decomposition import Decomposition
 
 
@@ -36,14 +36,6 @@ class LossPrediction:
     def guarded(self) -> Tensor:
         """Predicted losses, infinite for samples that are out of distribution."""
         return self.losses.masked_fill(self.is_ood[:, None], torch.inf)
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """The exits of a batch."""
-
-    exits: Tensor  # exit of every sample, (N,) from 1, K + 1 for the backbone
-    retrieved: SearchResult | None = None  # of the search in the bank for the whole batch, if it has been searched
 
 
 class Router(nn.Module):
@@ -90,7 +82,7 @@ class Router(nn.Module):
             TrainingError: If a predictor, calibration or measured time is needed and missing.
             BankError: If the guidance bank is needed and missing.
         """
-        exit = self.exits if request.exit is None else self.check_exit(request.exit)
+        exit = self.exits if request.exit is None else check_exit(request.exit, self.exits)
         exits = torch.full((begun.samples,), exit, device=begun.key_feature.device)
         if request.exit is not None:
             return Choice(exits)
@@ -129,23 +121,8 @@ class Router(nn.Module):
         elif reads == "features+distance":
             retrieved = self._guide.retrieve(begun)
             inputs.append(guide_distance(retrieved.distances).to(begun.feature.device))
-        if isinstance(self.predictor, Predictor):
-            losses, distance = self.predictor.predict_losses(*inputs)  # (rows, K), (rows,)
-        else:
-            losses = self.predictor(*inputs)
-            distance = losses.new_zeros(len(losses))
-        if reads != "inputs" and self._rows_per_sample > 1:  # the frames of a sample leave together
-            losses = losses.unflatten(0, (-1, self._rows_per_sample)).mean(dim=1)
-            distance = distance.unflatten(0, (-1, self._rows_per_sample)).amax(dim=1)
-        losses = losses.float()  # limits are compared in float32
-        losses = torch.where(losses.isfinite(), losses, torch.inf)  # what is not finite says nothing
+        losses, distance = estimate(self.predictor, inputs, 1 if reads == "inputs" else self._rows_per_sample)
         return LossPrediction(losses, distance > 1, retrieved)
-
-    def check_exit(self, exit: int) -> int:
-        """Raise `OptionError` unless there is an exit of this number; returns it."""
-        if isinstance(exit, bool) or not isinstance(exit, int) or not 1 <= exit <= self.exits:
-            raise OptionError(f"exit must be an integer from 1 to {self.exits}, the backbone, got {exit!r}.")
-        return exit
 
     def _guarded(self, prediction: LossPrediction) -> Tensor:
         """Predicted losses ``(N, K)``, infinite out of distribution unless the guard is off."""
@@ -312,51 +289,23 @@ class Router(nn.Module):
         return self._recorded.split.rows_per_sample
 
 
-def render(split: SplitGenerator, branches: nn.ModuleList, guide: GuideProvider, begun: Begun, choice: Choice) -> Any:
-    """Run the backbone from the first cut on, as far as a sample needs it; at every exit some samples leave.
+def estimate(predictor: nn.Module, inputs: Sequence[Tensor], rows: int) -> tuple[Tensor, Tensor]:
+    """Run a predictor on what it reads, where each sample has some rows.
 
     Returns:
-        A value with the structure of the generator's output, samples in the order of the batch.
+        Losses ``(N, K)`` in float32, infinite where they are not finite, and the distance ``(N,)`` of each sample from
+        the fitting set, 0 for a predictor that measures none.
     """
-    exits = choice.exits
-    early = (exits <= len(branches)).nonzero()[:, 0]
-    everyone = len(early) == len(exits)
-    with torch.no_grad():  # one search for all samples that leave early
-        guides = None if guide.taps is None else guide.guide(begun, None if everyone else early, choice.retrieved)
-    values, rows = begun.values, torch.arange(len(exits), device=exits.device)
-    parts: list[tuple[Tensor, Any]] = []
-    for index, branch in enumerate(branches):
-        if index:
-            values = split.advance(values, index)
-        leaves = exits[rows] == index + 1
-        if not bool(leaves.any()):
-            continue
-        leaving, staying = leaves.nonzero()[:, 0], (~leaves).nonzero()[:, 0]
-        part = values if not len(staying) else split.select(values, leaving)
-        if guides is None or len(leaving) == len(exits):
-            part_guides = guides
-        else:  # early is sorted, so a row's position in it is its position among the guides
-            part_guides = guides[torch.searchsorted(early, rows[leaving])]
-        parts.append((rows[leaving], render_branch(split, branch, index, part, part_guides)))
-        if not len(staying):
-            break
-        values, rows = split.select(values, staying), rows[staying]
+    if isinstance(predictor, Predictor):
+        losses, distance = predictor.predict_losses(*inputs)  # (rows, K), (rows,)
     else:
-        parts.append((rows, split.finish(values)))
-    return merge(parts, len(exits), split.output_rows)
-
-
-def render_at(split: SplitGenerator, branch: nn.Module, index: int, guide: GuideProvider, begun: Begun) -> Any:
-    """Let a whole batch leave at branch ``index``, from 0.
-
-    Unlike `render`, nothing here depends on the values of tensors, so that it can be exported.
-    """
-    with torch.no_grad():
-        guides = None if guide.taps is None else guide.guide(begun)
-    values = begun.values
-    for number in range(1, index + 1):
-        values = split.advance(values, number)
-    return render_branch(split, branch, index, values, guides)
+        losses = predictor(*inputs)
+        distance = losses.new_zeros(losses.shape[0])
+    if rows > 1:  # the frames of a sample leave together
+        losses = losses.unflatten(0, (-1, rows)).mean(dim=1)
+        distance = distance.unflatten(0, (-1, rows)).amax(dim=1)
+    losses = losses.float()  # limits are compared in float32
+    return torch.where(losses.isfinite(), losses, torch.inf), distance  # what is not finite says nothing
 
 
 def circumstances(feature: Tensor) -> dict[str, Any]:
@@ -364,13 +313,6 @@ def circumstances(feature: Tensor) -> dict[str, Any]:
     kind = feature.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else feature.dtype
     return {"feature_size": list(feature.shape[2:]), "precision": str(dtype).removeprefix("torch.")}
-
-
-def render_branch(split: SplitGenerator, branch: nn.Module, index: int, values: Values, guide: Tensor | None) -> Any:
-    """Make the output of a branch from the values at its cut ``index``, from 0, and its guides ``(N, C, ...)``."""
-    crossing = split.crossing(values, index)
-    written = split.written[index]  # values that the branch writes into: it gets copies
-    return branch(*(clone_strided(v) if i in written else v for i, v in enumerate(crossing)), guide=guide)
 
 
 def guide_distance(squared: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retroexit.core.nested import flatten, rebuild
 
-__all__ = ["are_grouped", "group", "merge", "rows_per_sample"]
+__all__ = ["are_grouped", "group", "merge", "pick", "rows_per_sample"]
 
 
 def rows_per_sample(
@@ -86,3 +86,14 @@ def merge(parts: list[tuple[Tensor, Any]], count: int, sizes: Mapping[tuple[Any,
             merged.append(joined)
     rest = iter(merged)
     return rebuild(parts[0][1], lambda _leaf: next(rest))
+
+
+def pick(output: Any, rows: Tensor, sizes: Mapping[tuple[Any, ...], int | None]) -> Any:
+    """Keep some samples of an output, by number; ``sizes`` as in `merge`."""
+
+    def picked(path: tuple[Any, ...], leaf: Any) -> Any:
+        size = sizes.get(path)
+        return leaf[group(rows, size).to(leaf.device)] if isinstance(leaf, Tensor) and size else leaf
+
+    leaves = iter([picked(path, leaf) for path, leaf in flatten(output)])
+    return rebuild(output, lambda _leaf: next(leaves))

@@ -69,6 +69,9 @@ class SplitGenerator:
 
     Attributes:
         example: The inputs of the recording.
+        stems: The segments up to the first cut: one, or one up to the keys' feature and one behind it.
+        segments: The segments up to each cut.
+        rest: The segment behind the last cut.
         batched: For the crossing values that depend on the batch, rows of one sample: 1, more if frames are
             folded in, 0 if samples cannot be told apart by rows.
         output_rows: The same for the tensors of the output, by path; ``None`` for one that belongs to no sample.
@@ -114,13 +117,13 @@ class SplitGenerator:
         recording, generator = self.decoder.recording, self.generator
         self._inputs = [node for node in recording.nodes if node.op == "placeholder"]
         self._result = recording.nodes[-1].args[0]
-        *self.segments, self._rest = self.pieces(generator)
-        self._around_key: tuple[Segment, Segment] | None = None
+        *self.segments, self.rest = self.pieces(generator)
+        self.stems: tuple[Segment, ...] = (self.segments[0],)
         if self.key_cut is not None:
             (key, middle), end = (self.key_cut.position, self.key_cut.crossing), self.cuts[0]
             before = Segment(recording, generator, 0, key, middle, self._inputs)
             behind = Segment(recording, generator, key, end.position, end.crossing, middle)
-            self._around_key = (before, behind)
+            self.stems = (before, behind)
 
     def pieces(self, modules: nn.Module, tail: Cut | None = None) -> list[Segment]:
         """Cut the recording, or a tail of it, into segments that run the modules of the generator or of that tail."""
@@ -207,13 +210,13 @@ class SplitGenerator:
 
     def _to_first_cut(self, values: Values) -> tuple[Values, Tensor]:
         """Run from the inputs to the first cut; returns also the keys' feature."""
-        if self.key_cut is None or self._around_key is None:
+        if self.key_cut is None:
             values = self.advance(values, 0)
             return values, self.crossing(values, 0)[0]
-        values = self._pass(self._around_key[0], values)
+        values = self._pass(self.stems[0], values)
         # The next segment may write into the feature.
         key_feature: Tensor = values[self.key_cut.feature].clone()
-        return self._pass(self._around_key[1], values), key_feature
+        return self._pass(self.stems[1], values), key_feature
 
     def key_feature(self, args: Any, kwargs: Any) -> Tensor:
         """Run only to the feature that keys are cut from, and return it.
@@ -222,9 +225,9 @@ class SplitGenerator:
             InputMismatchError, ModeError, DeviceError: See `start`.
         """
         values = self.start(args, kwargs)
-        if self.key_cut is None or self._around_key is None:
+        if self.key_cut is None:
             return self.crossing(self.advance(values, 0), 0)[0]
-        key_feature: Tensor = self._pass(self._around_key[0], values)[self.key_cut.feature]
+        key_feature: Tensor = self._pass(self.stems[0], values)[self.key_cut.feature]
         return key_feature
 
     def advance(self, values: Values, index: int) -> Values:
@@ -233,12 +236,12 @@ class SplitGenerator:
 
     def finish(self, values: Values) -> Any:
         """Run from the last cut to the end; returns the generator's output."""
-        done = self._pass(self._rest, values)
-        return self.output([done[node] for node in self._rest.keep])
+        done = self._pass(self.rest, values)
+        return self.output([done[node] for node in self.rest.keep])
 
     def output(self, leaves: Sequence[Any]) -> Any:
         """Arrange what the last piece, the generator's or a tail's, returns in the structure of the output."""
-        keep = self._rest.keep if len(leaves) == len(self._rest.keep) else (self.decoder.image,)
+        keep = self.rest.keep if len(leaves) == len(self.rest.keep) else (self.decoder.image,)
         by_node = dict(zip(keep, leaves, strict=True))
         return rebuild(self._result, lambda leaf: by_node.get(leaf) if isinstance(leaf, fx.Node) else leaf)
 

@@ -16,7 +16,7 @@ from retroexit.core.nested import flatten, tensors
 from retroexit.core.samples import conversion_advice
 from retroexit.errors import DeviceError, GeneratorError, ModeError, NonFiniteError, RecordingError
 from retroexit.tracing.kept_state import kept_state
-from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder
+from retroexit.tracing.recorder import QUESTIONS, Call, Read, Recorder, forget
 from retroexit.tracing.unchanged import Snapshot, refuse_accelerate
 
 _ARRAYS = ("numpy", "tolist", "__array__")
@@ -97,7 +97,7 @@ def _run(recorder: Recorder, snapshot: Snapshot, args: Any, kwargs: Any) -> tupl
     generator = recorder.generator
     with unobserved(generator), kept_state(generator), torch.no_grad(), recorder.hooked(), recorder.counter, recorder:
         recorder.is_running = True
-        before = _random_states(generator)
+        before = random_states(generator)
         try:
             output = generator(*args, **kwargs)
             result = recorder.to_nodes(output)
@@ -107,14 +107,15 @@ def _run(recorder: Recorder, snapshot: Snapshot, args: Any, kwargs: Any) -> tupl
             raise _explain(generator, args, kwargs, error) from error
         finally:
             recorder.is_running = False
+            forget(vars(recorder).get("memoised", ()))  # their keys hold the recording
         snapshot.drop_changed()  # before what the forward has set is set back
-        draws = any(not torch.equal(a, b) for a, b in zip(before, _random_states(generator), strict=True))
+        draws = any(not torch.equal(a, b) for a, b in zip(before, random_states(generator), strict=True))
     recorder.graph.output(result)
     _drop_unused_sizes(recorder.graph, recorder.calls)
     return output, draws
 
 
-def _random_states(generator: nn.Module) -> list[Tensor]:
+def random_states(generator: nn.Module) -> list[Tensor]:
     """States of the random number generators that a forward draws from."""
     devices = {parameter.device for parameter in generator.parameters() if parameter.device.type == "cuda"}
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]

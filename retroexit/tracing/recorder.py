@@ -6,6 +6,9 @@ A `TorchFunctionMode` writes every tensor function as a node; hooks on the gener
 
 from __future__ import annotations
 
+import functools
+import gc
+import inspect
 import linecache
 import operator
 import sys
@@ -14,7 +17,7 @@ import threading
 import traceback
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -93,6 +96,19 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {text} at {line}"
 
 
+def memoised() -> list[Any]:
+    """List the functions of the user's code with arguments that are under `functools.lru_cache`."""
+    caches = [item for item in gc.get_objects() if type(item) is functools._lru_cache_wrapper]
+    codes = [(cache, getattr(inspect.unwrap(cache), "__code__", None)) for cache in caches]
+    return [cache for cache, code in codes if code and code.co_argcount and is_user_code(code.co_filename)]
+
+
+def forget(caches: Iterable[Any]) -> None:
+    """Empty the caches of functions under `functools.lru_cache`."""
+    for cache in caches:
+        cache.cache_clear()
+
+
 # What a recording consists of.
 
 
@@ -101,6 +117,12 @@ class TracedInt(int):
 
     recorder: Recorder
     node: fx.Node
+
+    def __hash__(self) -> int:
+        """Hash as a plain integer; a function under `functools.lru_cache` that is called with it runs again."""
+        if self.recorder.is_running:
+            forget(self.recorder.memoised)
+        return int.__hash__(self)
 
 
 def _traced_operator(name: str, prefix: str = "") -> Callable[[Any, Any], Any]:
@@ -203,6 +225,11 @@ class Recorder(TorchFunctionMode):
         self._attribute = {id(tensor): name for name, tensor in named}
         self._path = {id(module): name for name, module in generator.named_modules()}
         self._thread = threading.get_ident()
+
+    @functools.cached_property
+    def memoised(self) -> list[Any]:
+        """Functions that would return what they made for another size that was equal, without a node."""
+        return memoised()
 
     # Values to nodes.
 

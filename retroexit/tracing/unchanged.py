@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from retroexit.core.identity import named_tensors
 from retroexit.errors import GeneratorError, ModeError
 from retroexit.tracing.recorder import Recorder
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _SIMPLE = (bool, float, str)  # numbers of other types, and tuples, are what forwards cache
+_SAMPLES = 8
 
 
 class Snapshot:
@@ -58,6 +60,32 @@ class Snapshot:
                     f"the generator must be as it was wrapped, got a change in {where}: {change}. Undo it, or wrap "
                     "and fit again."
                 )
+
+
+class WeightSnapshot:
+    """The weights of a generator at one time, by where they are, how often they were written, and a few numbers."""
+
+    def __init__(self, generator: nn.Module) -> None:
+        self._generator = generator
+        self._facts, self._numbers = self._read()
+
+    def _read(self) -> tuple[dict[str, tuple[Any, ...]], Tensor]:
+        facts, numbers = dict[str, tuple[Any, ...]](), list[Tensor]()
+        for name, weight in named_tensors(self._generator):
+            version = 0 if weight.is_inference() else weight._version
+            facts[name] = (weight.data_ptr(), weight.dtype, tuple(weight.shape), version)
+            flat = torch.view_as_real(weight).flatten() if weight.is_complex() else weight.reshape(-1)
+            numbers.append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].float())
+        together = [part.to(numbers[0].device) for part in numbers]
+        return facts, torch.cat(together).cpu().nan_to_num() if numbers else torch.zeros(0)
+
+    def check(self, advice: str) -> None:
+        """Raise `GeneratorError` with the advice if weights have changed."""
+        facts, numbers = self._read()
+        names = [name for name in {**self._facts, **facts} if self._facts.get(name) != facts.get(name)]
+        if names or not torch.equal(numbers, self._numbers):  # writes through .data do not count as writes
+            where = f"{names[0]!r}" if names else "them"
+            raise GeneratorError(f"the generator's weights must stay as they were, got a change in {where}. {advice}")
 
 
 def refuse_accelerate(generator: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -49,6 +49,9 @@ AUTO = "auto"
 
 LEAST_SAVED = 0.1
 """Share of the MACs behind the attach point that a copy has to save to be preferred."""
+
+NO_COPY = "no copy can be built"
+"""Beginning of the reason for a sub-pixel branch that takes the place of a copy."""
 
 __all__ = ["Decomposition", "branch_for", "decompose"]
 
@@ -245,6 +248,13 @@ def _build_parts(
         branch, macs = _choose_exit(decomposition, index, states[index])
         branches.append(branch)
         decomposition.route_macs.append(macs + _macs_before(decoder, cut) // split.batch)
+    reasons = {branch.why for branch in branches if branch.why.startswith(NO_COPY) and not options.plans}
+    for why in sorted(reasons):
+        warn(
+            f"{why}. Sub-pixel branches, which need nothing of these stages, take the place of copies. Pass "
+            "branch='subpixel' to choose them, or branch='copy' to insist.",
+            7,
+        )
     return decomposition, branches
 
 
@@ -264,6 +274,7 @@ def _spec(decoder: Decoder, decomposition: Decomposition, index: int) -> BranchS
         decoder.image_path,
         value_names(decoder.recording),
         macs=limit / split.batch if limit is not None and split.divides else limit,
+        rows=[split.batched.get(node, 0) for node in split.cuts[index].crossing] if split.divides else (),
     )
 
 
@@ -339,8 +350,8 @@ def _alternative(decoder: Decoder, last: Stage) -> str:
 def _choose_exit(decomposition: Decomposition, index: int, crossing: list[Tensor]) -> tuple[Branch, int]:
     """Build the branch of an exit, of the kind and size that was chosen earlier or is chosen here.
 
-    ``"auto"`` prefers the copy where it can be built and saves enough. A branch that nobody has sized may cost more
-    than `BRANCH_SHARE`, where none is smaller.
+    ``"auto"`` prefers the copy where it can be built and saves enough; without a kind, the copy is built wherever it
+    can be. A branch that nobody has sized may cost more than `BRANCH_SHARE`, where none is smaller.
 
     Args:
         decomposition: The generator, cut.
@@ -359,34 +370,50 @@ def _choose_exit(decomposition: Decomposition, index: int, crossing: list[Tensor
         return branch, macs
     kind = options.kind_of(decomposition.places[index])
     behind = decomposition.macs_behind(index)
-    if kind == AUTO:
-        try:
-            branch, macs = build(spec, "copy")
-        except BranchError as error:
-            why = f"no copy can be built: {' '.join(str(error).split()).partition('. ')[0]}"
-        else:
-            saved = 1 - branch.macs / max(behind, 1)
-            if saved >= LEAST_SAVED:
-                branch.why = f"the copy saves {saved:.0%} behind the attach point; fit compares both"
-                return branch, macs
-            why = f"the copy saves {max(saved, 0):.0%} behind the attach point"
-        branch, macs = build(spec, "subpixel")
-        branch.why = why
-        return branch, macs
     try:
-        branch, macs = build(spec, kind)
-        _warn_of_pins(branch, spec, behind)
-        return branch, macs
+        branch, macs = build(spec, "copy" if kind == AUTO else kind)
     except BranchError as error:
         if options.is_suggested and kind == "stitch":
             share = min(BRANCH_SHARE * decomposition.backbone_macs, behind / 3)
             branch, macs = build(replace(spec, macs=share), "subpixel")
-            branch.why = " ".join(str(error).split()).partition(". ")[0]
+            branch.why = _reason(error)
             return branch, macs
+        if kind == AUTO or not options.branches:
+            return _instead_of_copy(build, spec, error)
         if options.macs or kind == "copy":
             raise
         decomposition.specs[index] = replace(spec, macs=float(behind))
         return build(decomposition.specs[index], kind)
+    saved = 1 - branch.macs / max(behind, 1)
+    if kind != AUTO:
+        _warn_of_pins(branch, spec, saved)
+    elif saved >= LEAST_SAVED:
+        branch.why = f"the copy saves {saved:.0%} behind the attach point; fit compares both"
+    else:
+        branch, macs = build(spec, "subpixel")
+        branch.why = f"the copy saves {max(saved, 0):.0%} behind the attach point"
+    return branch, macs
+
+
+def _instead_of_copy(build: Callable[..., tuple[Branch, int]], spec: BranchSpec, error: BranchError) -> Any:
+    """Build a sub-pixel branch where no copy can be built."""
+    try:
+        branch, macs = build(spec, "subpixel")
+    except BranchError as other:
+        raise BranchError(
+            f"neither kind of branch can be built: {_reason(error)}; {_reason(other)}. Attach elsewhere, or use "
+            "scale=1."
+        ) from error
+    branch.why = f"{NO_COPY}: {_reason(error)}"
+    return branch, macs
+
+
+def _reason(error: BaseException) -> str:
+    """First sentence of an error, or what the generator's code raised and where."""
+    while isinstance(error, RetroExitError) and error.__cause__ is not None:
+        error = error.__cause__
+    is_ours = isinstance(error, RetroExitError)
+    return " ".join(str(error).split()).partition(". ")[0] if is_ours else failure(cast("Exception", error))
 
 
 def _build_exit(
@@ -408,9 +435,9 @@ def _build_exit(
     return branch, branch.macs if split.divides else branch.macs // split.batch
 
 
-def _warn_of_pins(branch: Branch, spec: BranchSpec, behind: int) -> None:
+def _warn_of_pins(branch: Branch, spec: BranchSpec, saved: float) -> None:
     """Warn of a branch that saves next to nothing because widths are fixed."""
-    saved, reasons = 1 - branch.macs / max(behind, 1), Counter(pin.reason for pin in branch.pins)
+    reasons = Counter(pin.reason for pin in branch.pins)
     # Of outputs beside the image the builder of a copy warns.
     if reasons and saved < LEAST_SAVED and spec.rule.scale < 1 and not any(f"{OUTPUT}'s" in r for r in reasons):
         reason, count = reasons.most_common(1)[0]

@@ -51,7 +51,8 @@ class WrapOptions:
         shadowed: Keywords of ours that the generator's own forward takes.
         predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first
             feature.
-        branches: Kind of branch of each attach point; ``"auto"`` to choose; empty for the suggested kind.
+        branches: Kind of branch of each attach point; ``"auto"`` to choose; empty for copies wherever they can be
+            built, or, without attach points and sizes, for the suggested kind.
         macs: Cost of the route of each attach point as a share of the backbone's; ``None`` to follow its rule;
             empty to choose.
         plans: What was chosen earlier, one per exit, from a saved model.
@@ -102,9 +103,10 @@ class WrapOptions:
         """
         if self.attach_at is not None:
             return self
-        skips = [] if self.branches or self.macs else suggest_skips(stages)
+        is_open = not self.branches and not self.macs
+        skips = suggest_skips(stages) if is_open else []
         places = tuple(s.path for s, _ in skips) or tuple(s.path for s in stages if s.is_suggested)
-        branches = self.branches or ("stitch" if skips else "subpixel",)
+        branches = ("stitch" if skips else "subpixel",) if is_open else self.branches
         rules, macs = self.rules * len(places), self.macs * len(places) or tuple(share for _, share in skips)
         branches *= len(places)
         return replace(self, attach_at=places, rules=rules, branches=branches, macs=macs, is_suggested=True)
@@ -114,7 +116,7 @@ class WrapOptions:
         return self.rules[self._position(stage)]
 
     def kind_of(self, stage: Stage) -> str:
-        """Kind of the branch at a stage, or ``"auto"``."""
+        """Kind of the branch at a stage, or ``"auto"``; a copy where none is named."""
         return self.branches[self._position(stage)] if self.branches else "copy"
 
     def macs_of(self, stage: Stage) -> float | None:

@@ -177,6 +177,42 @@ def test_an_autoencoder_looks_the_same_from_outside(pipe, model, tmp_path):
     assert pipe.vae.decoder is decoder
 
 
+def test_a_wrapped_autoencoder_takes_the_place_of_a_pipelines(pipe, model, tmp_path):
+    vae, expected = pipe.vae, draw(pipe)
+    wrapped = retroexit.wrap(vae, [1, 2], scale=1 / 2, min_channels=4)
+    pipe.vae = wrapped
+    try:
+        assert torch.equal(draw(pipe), expected)
+        assert (pipe.vae.config, pipe.vae.dtype, pipe.dtype) == (vae.config, torch.float32, torch.float32)
+        pipe.vae.decoder.choose(exit=1)
+        early, counts = draw(pipe), pipe.vae.decoder.counts
+        assert not torch.equal(early, expected)
+        pipe.vae.enable_slicing()
+        torch.testing.assert_close(draw(pipe), early, rtol=0, atol=1e-5)
+        pipe.vae.disable_slicing()
+        assert counts == {3: 2, 1: 4}
+        pipe.vae.enable_tiling()
+        pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = 24, 48
+        pipe.vae.spatial_scale_factor = 2
+        tiled = draw(pipe)
+        assert (tiled - early).abs().mean() < 0.1 and counts[1] == 4 + 2 * 4  # tiles of two images
+        pipe.vae.disable_tiling()
+        assert not vae.use_tiling
+        other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+        other.set_progress_bar_config(disable=True)
+        image = other("a", image=torch.rand(1, 3, SIDE, SIDE), num_inference_steps=2, output_type="pt").images
+        assert image.shape == (1, 3, SIDE, SIDE) and counts[1] == 13
+        wrapped.save(tmp_path)
+        retroexit.enable(pipe, tmp_path, quality="lossless")
+        assert torch.equal(draw(pipe), expected) and "over 2 images" in retroexit.summary(pipe)
+        retroexit.disable(pipe)
+        assert torch.equal(draw(pipe), expected)
+        assert "no early exits" in retroexit.summary(pipe)
+    finally:
+        pipe.vae = vae
+    assert torch.equal(draw(pipe), expected)
+
+
 def test_switches_of_the_autoencoder_reach_the_decoder(pipe, model):
     images = draw(pipe)
     with early_exits(pipe, model) as decoder:

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import tiny
+from small import kl, tiny
 from torch import nn
 
 import retroexit
 from retroexit.errors import GeneratorError, OptionError, TrainingError
 
-pytest.importorskip("retroexit_diffusers", reason="install the project to get its adapters")
+early_exits = pytest.importorskip("retroexit_diffusers", reason="install the project to get its adapters").early_exits
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +73,55 @@ def test_a_pipeline_without_a_known_decoder_is_refused_with_advice(fitted):
     for call in (retroexit.disable, retroexit.summary, lambda p: retroexit.enable(p, fitted[1]["fitted"])):
         with pytest.raises(GeneratorError, match=r"got a SimpleNamespace with \{'unet': 'Conv2d'\}.*retroexit\.load"):
             call(pipe)
+
+
+@pytest.fixture
+def enabled():
+    """An autoencoder with exits at two places; its tiles are of 8x8."""
+    torch.manual_seed(0)
+    vae = kl(sample_size=16).eval()
+    model = retroexit.wrap(vae, [1, 2], scale=1 / 2, min_channels=4)
+    pipe = SimpleNamespace(components={"vae": vae}, vae=vae)
+    with torch.no_grad(), early_exits(pipe, model, exit=2):
+        yield pipe
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_previews_of_all_candidates_and_the_chosen_one_in_full(enabled, tiled, sliced):
+    vae, latents, rows = enabled.vae, torch.randn(3, 4, 12, 12), [2, 0]
+    vae.use_tiling, vae.use_slicing = tiled, sliced
+    by_exit = {}
+    for k in (1, 2, 3):
+        vae.decoder.choose(exit=k)
+        by_exit[k] = vae.decode(latents).sample
+    vae.decoder.choose(exit=2)
+    with retroexit.draft(enabled, latents, exit=1) as draft:
+        assert torch.equal(draft.image, by_exit[1])
+        assert draft.exits.tolist() == [1, 1, 1]
+        assert torch.equal(draft.finish(), by_exit[3])
+        assert torch.allclose(draft.finish(rows), by_exit[3][rows], atol=1e-5)
+        assert torch.allclose(draft.finish(rows[:1], exit=2), by_exit[2][rows[:1]], atol=1e-5)
+        assert draft.nbytes > 0
+    assert draft.nbytes == 0
+    assert torch.equal(retroexit.draft(enabled, latents).image, by_exit[2])  # as it was switched on
+
+
+def test_a_draft_without_its_exits_is_refused(enabled):
+    vae, latents = enabled.vae, torch.randn(2, 4, 8, 8)
+    draft = retroexit.draft(enabled, latents, exit=1)
+    with pytest.raises(OptionError, match=r"rows must be a list of sample numbers from 0 to 1, got \[2\]"):
+        draft.finish([2])
+    vae.enable_slicing()
+    with pytest.raises(OptionError, match=r"tiling and slicing must be \(False, False\) .* got \(False, True\)"):
+        draft.finish()
+    vae.disable_slicing()
+    decoder, vae.decoder = vae.decoder, vae.decoder.unwrap()
+    with pytest.raises(GeneratorError, match=r"must have the early exits of the draft, got others or none"):
+        draft.finish()
+    with pytest.raises(GeneratorError, match=r"decoder must have early exits, got the decoder itself. Call retroexit"):
+        retroexit.draft(enabled, latents, exit=1)
+    vae.decoder = decoder
+    draft.close()
+    with pytest.raises(OptionError, match="must be open"):
+        draft.finish()

@@ -76,12 +76,12 @@ class LookedUp(nn.Module):
         return y + self.table(last)[:, :, None, None]
 
 
-def wrapped(middle):
+def wrapped(middle, **options):
     """Two blocks that double the resolution, with a module between their convolutions."""
     torch.manual_seed(0)
     blocks = [toys.Block(32, 32, True, norm=lambda channels: middle()) for _ in range(2)]
     generator, x = toys.Chain(blocks, last=32).eval(), torch.randn(1, 4, 4, 4)
-    model = retroexit.wrap(generator, ["blocks.0"], 1 / 4, min_channels=8, example_inputs=(x,))
+    model = retroexit.wrap(generator, ["blocks.0"], 1 / 4, min_channels=8, example_inputs=(x,), **options)
     return model, x
 
 
@@ -136,23 +136,62 @@ class Raising(nn.Module):
         return y
 
 
-@pytest.mark.parametrize(
+FOREIGN = pytest.mark.parametrize(
     ("middle", "error", "line"),
     [
         (NumpyRoot, "TypeError", "y / np.sqrt(y.shape[1])"),
         *(
             (lambda error=error: Raising(error), type(error).__name__, "raise self.error")
-            for error in (StopIteration(), KeyError(8), AssertionError(), ZeroDivisionError("0"), RuntimeError("a\nb"))
+            for error in (
+                *(StopIteration(), KeyError(8), AssertionError(), ZeroDivisionError("0"), RuntimeError("a\nb")),
+                *(ValueError("no. 8"), IndexError(), NotImplementedError(), OSError(2, "gone")),
+            )
         ),
     ],
 )
+
+
+@FOREIGN
 def test_code_that_raises_on_other_sizes_is_named_by_its_line(middle, error, line):
     with pytest.raises(
         BranchError, match=rf"(?s)must run on other sizes, got {error}: .* at {re.escape(__file__)}:\d+: "
     ) as raised:
-        wrapped(middle)
+        wrapped(middle, branch="copy")
     assert line in str(raised.value)
     assert "Attach elsewhere" in str(raised.value)
+
+
+@FOREIGN
+def test_a_subpixel_branch_takes_the_place_of_a_copy_that_cannot_be_built(middle, error, line, tmp_path):
+    where = (
+        rf"(?s)no copy can be built: {error}: .* at {re.escape(__file__)}:\d+: .*{re.escape(line)}.*branch='subpixel'"
+    )
+    with pytest.warns(RetroExitWarning, match=where) as warned:
+        model, x = wrapped(middle)
+    assert [record.filename for record in warned] == [__file__]
+    assert (model.exits[0].kind, model.exits[0].why.partition(":")[0]) == ("subpixel", "no copy can be built")
+    with torch.no_grad():
+        assert torch.equal(model(x), model.generator(x))
+        model.save(tmp_path)
+        assert torch.equal(retroexit.load(tmp_path, model.generator)(x, exit=1), model(x, exit=1))
+
+
+class Mean(nn.Module):
+    """An image of other axes than the feature, behind a module that raises on other widths."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv1d(4, 32, 1)
+        self.body = nn.Sequential(nn.Conv1d(32, 32, 1), Raising(KeyError(8)), nn.Conv1d(32, 3, 1))
+
+    def forward(self, x):
+        return self.body(self.stem(x)).unflatten(-1, (4, 4))
+
+
+def test_where_neither_kind_of_branch_can_be_built_both_reasons_are_named():
+    message = r"neither kind of branch can be built: KeyError: 8 at .*; .* image with the axes of the feature, got .*"
+    with pytest.raises(BranchError, match=message):
+        retroexit.wrap(Mean().eval(), ["stem"], 1 / 4, min_channels=8, example_inputs=(torch.randn(1, 4, 16),))
 
 
 class Kernels(nn.Module):

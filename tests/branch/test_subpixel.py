@@ -20,17 +20,18 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 class Upsampler(nn.Module):
     """Three stages in one to three dimensions; the last two refine the grid."""
 
-    def __init__(self, axes=2, factors=(2, 2), channels=16, crop=0):
+    def __init__(self, axes=2, factors=(2, 2), channels=16, crop=0, end=None):
         super().__init__()
         layers = [CONV[axes](4 if i == 0 else channels, channels, 3, padding=1) for i in range(4)]
         self.stem, self.blocks = layers[0], nn.ModuleList(nn.Sequential(m, nn.ReLU()) for m in layers[1:])
         self.rgb, self.factors, self.crop = CONV[axes](channels, 3, 3, padding=1), factors, crop
+        self.end = end or nn.Identity()
 
     def forward(self, x):
         h = self.blocks[0](self.stem(x))
         for block, factor in zip(self.blocks[1:], self.factors, strict=True):
             h = block(F.interpolate(h, scale_factor=factor, mode="nearest"))
-        return torch.tanh(self.rgb(h))[..., : h.shape[-1] - self.crop]
+        return self.end(torch.tanh(self.rgb(h))[..., : h.shape[-1] - self.crop])
 
 
 def upsampler(**options):
@@ -72,6 +73,9 @@ def test_a_branch_is_built_for_every_generator_that_can_be_cut(name):
         ({"factors": (1, 1)}, (8, 8), (7, 9)),  # a feature as fine as the image
         ({"factors": (2, 1.5)}, (4, 4), (8, 6)),  # no whole ratio: resized
         ({"crop": 1}, (6, 6), (5, 9)),  # 4 n - 1
+        ({"crop": 3, "factors": (2, 3)}, (3, 3), (5, 6)),  # 6 n - 3, a multiple of n by chance
+        ({"end": nn.ZeroPad2d(2)}, (4, 4), (6, 5)),  # 4 n + 4
+        ({"end": nn.Upsample((24, 16))}, (4, 4), (6, 5)),  # always of one size
     ],
 )
 def test_images_have_the_generators_size_at_other_sizes_and_batches(options, small, large):
@@ -129,8 +133,8 @@ def test_a_branch_is_causal_where_the_decoder_is(is_causal):
     assert model.branches[0].plan["causal"] is is_causal
     later = x.clone()
     later[:, :, 2:] += 1
-    for frames in (3, 2, 1) if is_causal else (3,):
-        part = x[:, :, :frames]
+    for frames in (3, 2, 1, 5):
+        part = torch.cat([x, x], 2)[:, :, :frames]
         assert model.branches[0](model.features(part)[0]).shape == generator(part).shape == (1, 3, 4 * frames - 3, 8, 8)
     before, after = model(x, exit=1), model(later, exit=1)
     assert torch.equal(before[:, :, :5], after[:, :, :5]) is is_causal
@@ -267,7 +271,8 @@ def test_where_no_copy_can_be_built_auto_takes_the_other_and_copy_advises_it(mon
     offers = host()._offered("retroexit_branch_kinds")
     monkeypatch.setitem(offers, "copy", (refuse, offers["copy"][1]))
     x, options = torch.rand(2, 4, 6, 6), {"macs": None, "scale": 0.5, "min_channels": 4}
-    model = wrapped(upsampler(), x, branch="auto", **options)
+    with pytest.warns(retroexit.errors.RetroExitWarning, match="no copy can be built: the copy is pinned. Sub-pixel"):
+        model = wrapped(upsampler(), x, branch="auto", **options)
     assert model.exits[0].why == "no copy can be built: the copy is pinned"
     with pytest.raises(retroexit.errors.BranchError, match=r"Do something\. Or pass branch='subpixel', which needs"):
         wrapped(upsampler(), x, branch="copy", **options)

@@ -59,6 +59,15 @@ class Labelled(Decoder):
     def forward(self, z, label):
         return super().forward(z * (label + 1)[:, None, None, None])
 
+class Stateful(Decoder):
+    def forward(self, z):
+        h = self.stages[0](self.stem(z))
+        state = self.stages[1](h)
+        return {"image": torch.tanh(self.rgb(self.stages[2](state))), "state": state}
+
+def stateful():
+    return Stateful()
+
 def wrong_keywords():
     return Decoder(), (), 3
 

@@ -12,6 +12,7 @@ import retroexit_oasis as oasis
 import torch
 
 import retroexit
+from retroexit.api import wrap_options
 from retroexit.training.settings import FitSettings
 
 CONFIG = """
@@ -77,8 +78,16 @@ def test_a_file_can_name_a_preset_and_tables_of_replacements(run):
 def test_every_argument_and_setting_of_a_fit_is_an_option(run):
     shown = run("fit", "--help").out
     names = {*inspect.signature(retroexit.fit).parameters, *(field.name for field in fields(FitSettings))}
+    names |= {*inspect.signature(wrap_options).parameters} - {"description", "sizes", "stages", "self_test", "seed"}
     for name in names - {"model", "folder", "progress", "settings"}:
         assert f"--{ {'losses': 'loss'}.get(name, name).replace('_', '-') }" in shown
+
+
+def test_exits_of_a_generator_with_further_outputs_may_give_the_image_alone(run):
+    options = {"target": "toy.py:stateful", "image": "image", "image_range": "-1,1", "attach_at": "1", "scale": "1/4"}
+    printed = [run.fit("--dry-run", *more, **options).succeeds() for more in ((), ("--image-only",))]
+    widths = [re.search(r"after stages\.0 .* \d+  (\d+(?: \d+)*)", text).group(1) for text in printed]
+    assert widths == ["12 4 3", "4 3"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from retroexit.guidance import GuidanceBank
 from retroexit.training.trainer import BranchTrainer
@@ -30,6 +31,20 @@ def test_fit_and_evaluate_write_what_they_print(run, tmp_path):
     page = (tmp_path / "run/report/report.html").read_text()
     assert "retroexit evaluate toy.py:decoder run --inputs toy.py:few --threshold 0.25" in page
     assert len(json.loads((tmp_path / "run/report/evaluation.json").read_text())["loss"]) == 5
+
+
+def test_pictures_of_a_folder_are_references(run, tmp_path):
+    run.fit("--image-range", "-1,1").succeeds()
+    (tmp_path / "photographs").mkdir()
+    for number in range(4):
+        Image.new("RGB", (16, 16), (60 * number, 0, 255)).save(tmp_path / f"photographs/{number}.png")
+    words = ("evaluate", "toy.py:decoder", "run", "--inputs", "toy.py:few", "--threshold", "0.25", "--references")
+    run(*words, "photographs").fails_with("must be one image for each of 5 samples, got 4. Pass them in the order")
+    Image.new("RGB", (16, 16), (60 * 4, 0, 255)).save(tmp_path / "photographs/4.png")
+    shown = run(*words, "photographs").succeeds()
+    assert re.search(r"exit +MACs +PSNR +SSIM +ms-ssim", shown)
+    assert re.search(r"\nbackbone +100.0 % +[\d.]+ +100.0 % ", shown) and re.search(r"\n<= 0.25 ", shown)
+    assert _saved(tmp_path, "report/summary.json")["fidelity"][2]["exit"] == 3
 
 
 def test_a_bank_made_beforehand_guides_the_fit(run, tmp_path):

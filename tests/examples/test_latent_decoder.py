@@ -32,10 +32,24 @@ def test_the_weights_decode_what_they_encode(example, shared):
     assert float((again - image).abs().mean()) < 0.05
 
 
+def test_its_export_has_each_weight_once(example, shared, tmp_path):
+    pytest.importorskip("onnxruntime")
+    generator, x = example.load("decoder", shared), torch.randn(3, 32, 8, 12)
+    model = example.retroexit.wrap(generator, [4], 1 / 4, min_channels=16, example_inputs=(x[:1],))
+    bundle = example.retroexit.load_bundle(example.retroexit.export(model, tmp_path / "bundle", verify=False))
+    size = sum(path.stat().st_size for path in (tmp_path / "bundle").iterdir())
+    weights, branches = (4 * sum(p.numel() for p in m.parameters()) for m in (generator, model.branches))
+    assert size <= 1.1 * weights + branches
+    for exit in (1, 2):
+        expected = model(x, exit=exit).detach().numpy()
+        np.testing.assert_allclose(bundle.run(x.numpy(), exit=exit)[0], expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_script_runs(example, shared, tmp_path, monkeypatch, run_script):
     for split in ("train", "test"):  # so that no photographs need to be encoded
         np.save(tmp_path / f"latents-{split}.npy", torch.randn(6, 32, 4, 8).numpy())
+    monkeypatch.setattr(example, "photographs", lambda *_: list(torch.rand(6, 3, 32, 64)))
     fit, evaluate = example.retroexit.fit, example.retroexit.evaluate
     monkeypatch.setattr(example.retroexit, "fit", functools.partial(fit, predictor_steps=5))
     monkeypatch.setattr(example.retroexit, "evaluate", functools.partial(evaluate, repeats=1))
@@ -43,6 +57,7 @@ def test_the_script_runs(example, shared, tmp_path, monkeypatch, run_script):
     printed = run_script(example, f"{words} --attach-at 6 8 --widths 16 32")
     assert "Sequential with 2 early exits" in printed
     assert "threshold on the predicted loss of each sample" in printed
+    assert "beside the photographs" in printed and "PSNR" in printed
     assert printed.endswith(f"report: {tmp_path / 'report/report.html'}\n")
     assert len(json.loads((tmp_path / "report/evaluation.json").read_text())["loss"]) == 3
     assert (tmp_path / "report/settings.json").exists()

@@ -86,6 +86,7 @@ def test_the_script_runs_and_resumes(example, drawn, tmp_path, run_script):
     printed = run_script(example, words)
     assert "TalkingHead with 2 early exits" in printed
     assert "any frame of the same person" in printed
+    assert "frames of 2 people at" in printed
     assert "rank correlation of the distance to the guide" in printed
     # Those of one scale factor, then those of all.
     figures = ["figure-7-width-8.svg", "figure-10-width-8.svg", "figure-6.svg", "talking-heads.png"]

@@ -44,11 +44,11 @@ def _guard_off(model):
 
 
 def _hysteresis(model):
-    step = model.video(hysteresis=0.9)
+    session = model.session(threshold=1.2, hysteresis=0.9)
     for scale in (1.0, 0.2):
         z, w = _batch(1)
         z[:, 0] = scale
-        step(z, w, threshold=1.2)
+        session(z, w)
 
 
 def _policy(model):

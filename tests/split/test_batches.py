@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import retroexit
+from retroexit import errors
 from retroexit.core.samples import Samples
-from retroexit.errors import TrainingError
+from retroexit.errors import BranchError, InputMismatchError, TrainingError
 from retroexit.split.rows import are_grouped, group, rows_per_sample
 from retroexit.training.cache import FeatureCache
 
@@ -86,6 +87,62 @@ def test_samples_with_several_rows_leave_at_different_exits_as_each_does_alone(f
     assert batch.shape == alone.shape and torch.allclose(batch, alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("folded_output", [False, True])
+def test_a_subpixel_branch_renders_frames_in_the_place_where_the_generator_has_them(folded_output):
+    generator = _Video(False, folded_output).eval()
+    model = retroexit.wrap(generator, [1], example_inputs=(torch.randn(2, 4, _FRAMES, 4, 4),), branch="subpixel")
+    output = model.branches[0].output
+    for z in (torch.randn(3, 4, _FRAMES, 6, 4), torch.randn(2, 4, 5, 4, 4)):
+        with torch.no_grad():
+            image = generator(z)
+            assert torch.equal(output.place(output.image_of(image), [z]), image)
+            assert model(z, exit=1).shape == image.shape
+
+
+def test_a_subpixel_branch_is_refused_where_frames_come_first_and_have_an_axis():
+    with pytest.raises(BranchError, match=r"axes of the feature, got \(1, 3, 3, 4, 4\) for \(3, 16, 4, 4\)"):
+        retroexit.wrap(_Video(True, False).eval(), example_inputs=(torch.randn(1, 4, _FRAMES, 4, 4),))
+
+
+class _Folded(nn.Module):
+    """Takes the frames of all samples as rows, and how many belong to one, as the decoder of a video diffusion does."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.rgb = nn.Conv2d(4, 16, 1), nn.Conv2d(16, 3, 1)
+        self.blocks = nn.ModuleList(_Block() for _ in range(3))
+
+    def forward(self, x, is_image, num_frames):
+        h = self.stem(x)
+        for block in self.blocks:
+            h = nn.functional.interpolate(block(h, len(x) // num_frames, False), scale_factor=2.0)
+        return torch.tanh(self.rgb(h) + is_image.mean())
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale": 1 / 2, "min_channels": 4}])
+def test_frames_that_are_rows_of_the_input_render_early_and_other_numbers_are_refused(settings, tmp_path):
+    generator, named = _Folded().eval(), {"num_frames": _FRAMES}
+
+    def inputs(samples, side=4, frames=_FRAMES):
+        return torch.randn(samples * frames, 4, side, side), torch.zeros(samples, frames)
+
+    model = retroexit.wrap(generator, [1], example_inputs=inputs(2), example_kwargs=named, **settings)
+    with torch.no_grad():
+        for side in (4, 6):
+            args = inputs(2, side)
+            assert torch.equal(model(*args, **named), generator(*args, **named))
+            assert model(*args, exit=1, **named).shape == generator(*args, **named).shape
+    for args, kwargs, message in (
+        (inputs(3), named, "batch size must be 6, .*, got 9. Wrap again"),
+        (inputs(2, frames=4), {"num_frames": 4}, "num_frames must be 3 as in the recording, got 4"),
+    ):
+        with pytest.raises(InputMismatchError, match=message):
+            model(*args, exit=1, **kwargs)
+    with pytest.raises(TrainingError, match="_Folded must take any batch size, but its forward holds for 6 only"):
+        samples = [(torch.randn(4, 4, 4), torch.zeros(_FRAMES), _FRAMES)] * 4
+        retroexit.fit(model, samples, tmp_path, metric="ms-ssim", steps=1, progress=False)
+
+
 def test_samples_whose_frames_come_first_all_leave_at_the_deepest_exit():
     model = _model(frames_first=True)
     assert model.split.any_batch
@@ -96,6 +153,24 @@ def test_samples_whose_frames_come_first_all_leave_at_the_deepest_exit():
         alone = torch.cat([model(one[None], exit=2) for one in z[[0, 1, 3]]])
     assert taken.tolist() == [2, 2, 2]
     assert torch.allclose(batch, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frames_first", "folded_output", "is_refused"),
+    [(False, False, False), (False, True, False), (True, False, False), (True, True, True)],
+)
+def test_samples_of_several_rows_are_finished_by_number(frames_first, folded_output, is_refused):
+    model, (z, exits) = _model(frames_first, folded_output), _latents()
+    with torch.no_grad():
+        expected, draft = model(z), model.draft(z, threshold=0.5)
+        assert draft.exits.tolist() == ([max(exits)] * 4 if frames_first else exits)
+        assert torch.allclose(draft.finish(), expected, atol=1e-5)
+        if is_refused:
+            with pytest.raises(errors.OptionError, match=r"rows must be None for this generator, .* got 2 of 4"):
+                draft.finish([3, 0])
+            return
+        rows = group(torch.tensor([3, 0]), _FRAMES) if folded_output else [3, 0]
+        assert torch.allclose(draft.finish([3, 0]), expected[rows], atol=1e-5)
 
 
 def test_predictions_of_frames_are_combined_for_their_sample():

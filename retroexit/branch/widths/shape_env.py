@@ -27,7 +27,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from retroexit.branch.widths.equations import Expr, SizeEquations
 from retroexit.branch.widths.plan import LOOKUP
 from retroexit.split.segments import GENERATED
-from retroexit.tracing.recorder import is_user_code, show
+from retroexit.tracing.recorder import forget, is_user_code, memoised, show
 
 __all__ = ["SizeEnv", "SymbolicMode"]
 
@@ -146,12 +146,16 @@ class SymbolicMode(FakeTensorMode):
     def running(self) -> Iterator[None]:
         """Run code on symbolic sizes.
 
-        The fused kernel of attention, which reads its width as a plain number, is off meanwhile.
+        The fused kernel of attention, which reads its width as a plain number, is off meanwhile. Sizes may be keys.
         """
+        caches = memoised()  # would keep fake tensors, or return what they made for the real size
+        unhashable = torch.SymInt.__hash__
         fast = torch.backends.mha.get_fastpath_enabled()
         loggers = [logging.getLogger(name) for name in _LOGGERS]
         disabled = [logger.disabled for logger in loggers]
         try:
+            forget(caches)
+            torch.SymInt.__hash__ = lambda size: hash(size.node.hint)  # type: ignore[method-assign]
             torch.backends.mha.set_fastpath_enabled(False)
             for logger in loggers:
                 logger.disabled = True
@@ -159,6 +163,8 @@ class SymbolicMode(FakeTensorMode):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
+            torch.SymInt.__hash__ = unhashable  # type: ignore[method-assign]
+            forget(caches)
             for logger, was_disabled in zip(loggers, disabled, strict=True):
                 logger.disabled = was_disabled
 
