@@ -8,6 +8,7 @@ from typing import Any
 
 from retroexit.branch.branch import Branch
 from retroexit.branch.builder import build_branch
+from retroexit.branch.stitch import build_stitch
 from retroexit.branch.subpixel import build_subpixel
 from retroexit.branch.widths.plan import WidthFunction, multiple_of_8, scaled_width
 from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
@@ -44,5 +45,5 @@ def retroexit_width_rules() -> dict[str, WidthFunction]:
 
 @hookimpl
 def retroexit_branch_kinds() -> dict[str, Callable[..., Branch]]:
-    """Offer the paper's thin copy, and the branch of pixel shuffles."""
-    return {"copy": build_branch, "subpixel": build_subpixel}
+    """Offer the paper's thin copy, the branch of pixel shuffles, and the one that skips stages."""
+    return {"copy": build_branch, "subpixel": build_subpixel, "stitch": build_stitch}
