@@ -104,7 +104,7 @@ def mixed_case(shared: Path, out: Path) -> Case:
         def heads(clips: Sequence[str], count: int) -> Tensor:
             frames = [file for clip in clips for file in sorted((shared / "data/faces" / clip).glob("*.jpg"))]
             rows = np.linspace(0, len(frames) - 1, count).round().astype(int)
-            return torch.stack([_encoded(encoder, frames[row], slice(64, 192)) for row in rows])
+            return torch.stack([encoded(encoder, frames[row], slice(64, 192)) for row in rows])
 
         train = heads([*splits["train"], *splits["val"]], len(street.train))
         np.savez(path, train=train, test=heads(splits["test"], len(street.test)))
@@ -119,8 +119,10 @@ def mixed_case(shared: Path, out: Path) -> Case:
 
 
 @torch.no_grad()
-def _encoded(encoder: nn.Module, path: Path, rows: slice = slice(None)) -> Tensor:
-    pixels = np.array(Image.open(path).convert("RGB"))[rows]
+def encoded(encoder: nn.Module, path: Path, rows: slice = slice(None), side: int | None = None) -> Tensor:
+    """Encode some rows of a picture, or all of it, shrunk to a square."""
+    image = Image.open(path).convert("RGB")
+    pixels = np.array(image if side is None else image.resize((side, side)))[rows]
     return encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0]
 
 

@@ -26,7 +26,7 @@ from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
 from retroexit.stages.decoder import Cut
 
-__all__ = ["Level", "SubpixelBranch", "SubpixelPlan", "build_subpixel", "choose_sizes"]
+__all__ = ["Convolution", "Level", "Output", "SubpixelBranch", "SubpixelPlan", "build_subpixel", "choose_sizes"]
 
 _CONVOLUTION: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MOST_NUMBERS = 8192  # of a live vector; longer ones are averaged over their middle axes
@@ -52,12 +52,14 @@ class SubpixelPlan:
         levels: The grids, from coarse to fine.
         last: Factors of the last pixel shuffle, to the image.
         causal: Whether no frame may depend on later ones.
+        kernel: Of the convolution that reads the feature.
     """
 
     fold: tuple[int, ...]
     levels: tuple[Level, ...]
     last: tuple[int, ...]
     causal: bool = False
+    kernel: int = 3
 
     @property
     def ratios(self) -> tuple[int, ...]:
@@ -74,7 +76,7 @@ class SubpixelPlan:
     def from_json(cls, saved: Mapping[str, Any]) -> SubpixelPlan:
         """Read what `dataclasses.asdict` made."""
         levels = tuple(Level(tuple(v["factors"]), v["width"], v["depth"]) for v in saved["levels"])
-        return cls(tuple(saved["fold"]), levels, tuple(saved["last"]), saved["causal"])
+        return cls(tuple(saved["fold"]), levels, tuple(saved["last"]), saved["causal"], saved["kernel"])
 
 
 def choose_sizes(
@@ -85,7 +87,8 @@ def choose_sizes(
     The grids halve (divide by the smallest prime factor) from the image down to the feature: 1/2, 1/4, ... The
     finest has width w and two convolutions, the one before 1.5 w and three, coarser ones 2.25 w and at most 4 w
     and one each; a single grid has five. w is below 8 or a multiple of 4. Where the feature is as fine as the
-    image, its grid is halved first.
+    image, its grid is halved first. Where that costs too much even with w = 1, as with many channels in front of a
+    cheap tail, the feature is read by a 1x1 convolution.
 
     Args:
         macs: Largest number of multiply-accumulates of the branch.
@@ -110,10 +113,12 @@ def choose_sizes(
         behind = range(len(finer) - 1, -1, -1)
         widths = [round(width * min(1.5**i, 4)) for i in behind]
         levels = tuple(map(Level, finer, widths, depths))
-        return SubpixelPlan(fold, levels, last, causal)
+        return SubpixelPlan(fold, levels, last, causal, kernel)
 
-    candidates = [*range(1, 8), *range(8, _WIDEST + 1, 4)]
+    candidates, kernel = [*range(1, 8), *range(8, _WIDEST + 1, 4)], 3
     least = count(plan(1))
+    if least > macs:
+        kernel, least = 1, count(replace(plan(1), kernel=1))
     if least > macs:
         raise BranchError(
             f"a sub-pixel branch here costs at least {least:,} MACs, got a limit of {max(0, round(macs)):,} behind "
@@ -136,16 +141,16 @@ def _prime_factors(number: int) -> list[int]:
     return factors
 
 
-class _Convolution(nn.Module):
-    """A convolution of kernel 3 that keeps the size, and whose first axis looks only back if it is causal."""
+class Convolution(nn.Module):
+    """A convolution that keeps the size, and whose first axis looks only back if it is causal."""
 
-    def __init__(self, channels: int, out_channels: int, axes: int, causal: bool) -> None:
+    def __init__(self, channels: int, out_channels: int, axes: int, causal: bool, kernel: int = 3) -> None:
         super().__init__()
-        padding = (0,) * causal + (1,) * (axes - causal)
-        self.conv = _CONVOLUTION[axes](channels, out_channels, 3, padding=padding)
+        padding = (0,) * causal + (kernel // 2,) * (axes - causal)
+        self.conv = _CONVOLUTION[axes](channels, out_channels, kernel, padding=padding)
         nn.init.kaiming_normal_(self.conv.weight, nonlinearity="relu")
         nn.init.zeros_(self.conv.bias)
-        self.pad = (0, 0) * (axes - 1) + (2, 0) if causal else ()
+        self.pad = (0, 0) * (axes - 1) + (2, 0) if causal and kernel > 1 else ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, C, ...)`` to ``(N, out_channels, ...)``."""
@@ -201,13 +206,15 @@ def _as_vector(value: Tensor) -> Tensor:
 class _Level(nn.Module):
     """One grid of a branch: refine, add live values, convolve."""
 
-    def __init__(self, channels: int, level: Level, live: Mapping[int, nn.Module], causal: bool) -> None:
+    def __init__(
+        self, channels: int, level: Level, live: Mapping[int, nn.Module], causal: bool, kernel: int = 3
+    ) -> None:
         super().__init__()
         axes, width = len(level.factors), level.width
         self.factors = level.factors
-        self.refine = _Convolution(channels, width * math.prod(level.factors), axes, causal)
+        self.refine = Convolution(channels, width * math.prod(level.factors), axes, causal, kernel)
         self.live = nn.ModuleDict({str(position): entry for position, entry in live.items()})
-        self.layers = nn.ModuleList(_Convolution(width, width, axes, causal) for _ in range(level.depth))
+        self.layers = nn.ModuleList(Convolution(width, width, axes, causal) for _ in range(level.depth))
 
     def forward(self, x: Tensor, live: Sequence[Tensor]) -> Tensor:
         """Map ``(N, C, ...)`` to ``(N, width, ...)`` on the finer grid."""
@@ -228,7 +235,7 @@ class ImageSlot:
 
 
 @dataclass(frozen=True)
-class _Output:
+class Output:
     """What the generator returns: its structure, and the image's size, in one recorded call.
 
     Attributes:
@@ -253,7 +260,7 @@ class _Output:
     steps: tuple[int | None, ...] = ()
 
     @classmethod
-    def of(cls, output: Any, feature: Tensor, spec: BranchSpec) -> _Output:
+    def of(cls, output: Any, feature: Tensor, spec: BranchSpec) -> Output:
         """Read an output of the generator for a feature.
 
         Raises:
@@ -320,7 +327,7 @@ class _Output:
 
 
 def _frames(image: Tensor, feature: Tensor, rows: Sequence[int]) -> tuple[int, int, int | None] | None:
-    """See `_Output.frames`; ``rows`` are those of one sample in the feature and the live values."""
+    """See `Output.frames`; ``rows`` are those of one sample in the feature and the live values."""
     count = rows[0] if rows else 1
     axes = [axis for axis in (2, 1) if image.dim() == feature.dim() + 1 and image.shape[axis] == count]
     if count < 2 or not axes or image.shape[0] * count != feature.shape[0]:
@@ -351,7 +358,7 @@ class SubpixelBranch(Branch):
 
     kind = "subpixel"
 
-    def __init__(self, plan: SubpixelPlan, values: Sequence[Tensor], spec: BranchSpec, output: _Output) -> None:
+    def __init__(self, plan: SubpixelPlan, values: Sequence[Tensor], spec: BranchSpec, output: Output) -> None:
         super().__init__(asdict(plan))
         feature, guide, axes = values[0], spec.guide, len(plan.last)
         self.sizes, self.output, self.init = plan, output, spec.init
@@ -369,10 +376,10 @@ class SubpixelBranch(Branch):
         levels = []
         for number, level in enumerate(plan.levels):
             live = _live_entries(values, number, grids, level.width, plan.causal)
-            levels.append(_Level(channels, level, live, plan.causal))
+            levels.append(_Level(channels, level, live, plan.causal, 3 if number else plan.kernel))
             channels = level.width
         self.levels = nn.ModuleList(levels)
-        self.last = _Convolution(channels, output.channels * math.prod(plan.last), axes, plan.causal)
+        self.last = Convolution(channels, output.channels * math.prod(plan.last), axes, plan.causal)
 
     @property
     def widths(self) -> list[int]:
@@ -452,7 +459,7 @@ def build_subpixel(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         returned = tail(*(value.clone() for value in values))
-    output = _Output.of(returned, feature, spec)
+    output = Output.of(returned, feature, spec)
     output = replace(output, steps=_steps(tail, values, spec, output))
     image = output.image_of(returned)
     meta = [value.to("meta") for value in values]
@@ -514,7 +521,7 @@ def _scaled_macs(tail: Tail, values: Sequence[Tensor], spec: BranchSpec) -> floa
 
 
 @torch.no_grad()
-def _steps(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, output: _Output) -> tuple[int | None, ...]:
+def _steps(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, output: Output) -> tuple[int | None, ...]:
     """Pixels of the image that one more of the feature adds, per axis, from a run on half of its maps.
 
     ``None`` for a tail that runs on no other size, and where the image is not larger by a whole number.
@@ -541,9 +548,7 @@ def _steps(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, output: _Outp
 
 
 @torch.no_grad()
-def _causal_frames(
-    tail: Tail, values: Sequence[Tensor], spec: BranchSpec, image: Tensor, output: _Output
-) -> int | None:
+def _causal_frames(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, image: Tensor, output: Output) -> int | None:
     """Change the last frame of everything, and see which frames of the image change.
 
     The first axis of one- and three-dimensional maps is taken as time.

@@ -261,7 +261,8 @@ class SplitGenerator:
     def tail(self, index: int, *, share: bool = False) -> Tail:
         """Copy everything after a cut as a module; with ``share`` it holds the generator's own weights."""
         decoder = self.decoder
-        return Tail(decoder.recording, self.generator, self.cuts[index], decoder.result, share=share)
+        constants = decoder.recording.constants
+        return Tail(constants, self.generator, self.cuts[index], decoder.result, share=share)
 
     def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
         """Run the generator up to another cut; returns its feature ``(N, C, ...)``."""

@@ -183,6 +183,17 @@ def test_a_route_costs_at_most_its_target_and_nearly_that(macs, channels):
     assert 0.5 * macs < share <= macs
 
 
+def test_many_channels_in_front_of_a_cheap_tail_are_read_by_a_1x1_convolution(tmp_path):
+    layers = [conv(4, 256), nn.Conv2d(256, 16, 1), nn.ReLU(), nn.Upsample(scale_factor=2), nn.Conv2d(16, 3, 1)]
+    generator, x = nn.Sequential(*layers).eval(), torch.rand(1, 4, 8, 8)
+    model = wrapped(generator, x, attach_at=["0"], macs=None)
+    branch = model.branches[0]
+    assert branch.plan["kernel"] == 1 and branch.levels[0].refine.conv.weight.shape[2:] == (1, 1)
+    assert branch.macs < 0.4 * model.decomposition.macs_behind(0)
+    model.save(tmp_path)
+    assert torch.equal(retroexit.load(tmp_path, generator, (x,))(x, exit=1), model(x, exit=1))
+
+
 @pytest.mark.parametrize("scale", [1 / 2, 1 / 4])
 def test_without_a_target_it_costs_at_most_what_the_copy_costs(scale):
     x = torch.rand(2, 4, 8, 8)
