@@ -136,9 +136,9 @@ def psnr(images: Tensor, references: Tensor) -> float:
     return float((-10 * error.log10()).mean())
 
 
-def steps_in(model: Any, inputs: list[Tensor], weights: Path, seconds: float) -> int:
+def steps_in(model: Any, inputs: list[Tensor], weights: Path, seconds: float, is_bfloat16: bool) -> int:
     """Steps of a fit that fill a budget, from the time of two of them."""
-    job = prepare(model, inputs, weights=weights)
+    job = prepare(model, inputs, weights=weights, bfloat16=is_bfloat16)
     cost = estimate_fit(model, job.inputs, job.settings, job.plan, job.limits)
     return max(50, int((seconds - len(inputs) / job.settings.batch * cost.backbone_seconds) / cost.step_seconds))
 
@@ -155,10 +155,10 @@ def row(name: str, data: dict[str, tuple[Tensor, Tensor]], arguments: Any) -> di
         if not torch.equal(model(inputs["test"][0][None]), backbone[:1]):
             raise AssertionError("the wrapped network renders another image")
     weights = arguments.shared / "data/weights/lpips_alex_v0.1.pth"
-    steps = arguments.steps or steps_in(model, inputs["fit"], weights, 60 * arguments.minutes)
+    steps = arguments.steps or steps_in(model, inputs["fit"], weights, 60 * arguments.minutes, arguments.bfloat16)
     begin = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        retroexit.fit(model, inputs["fit"], folder, weights=weights, steps=steps)
+        retroexit.fit(model, inputs["fit"], folder, weights=weights, steps=steps, bfloat16=arguments.bfloat16)
     fitted = time.process_time() - begin
     model.calibrate(inputs["calibrate"], weights=weights, thresholds=THRESHOLDS)
     references = data["test"][1]
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="folder with data/weights and data/street")
     parser.add_argument("--minutes", type=float, default=5.0, help="CPU minutes of each fit")
     parser.add_argument("--steps", type=int, help="steps of each fit instead of a time")
+    parser.add_argument("--bfloat16", action="store_true", help="train in bfloat16: faster where it is native")
     parser.add_argument("--only", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="NAME")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

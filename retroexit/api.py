@@ -46,14 +46,16 @@ class WrapSettings(TypedDict, total=False):
     """Options of `wrap`.
 
     Attributes:
-        branch: Kind of branch, one for all or one per attach point: ``"copy"``, the paper's thin copy of the remaining
-            stages, the default where a scale is given; ``"subpixel"``, a network of its own that works on coarse grids
+        branch: Kind of branch, one for all or one per attach point. ``"copy"``: the paper's thin copy of the remaining
+            stages, the default where a scale is given. ``"subpixel"``: a network of its own that works on coarse grids
             and needs nothing of these stages, the default without a scale and, with a warning, where these stages do
-            not run on other widths; ``"auto"``, the copy where it can be built and saves enough, until `fit` compares
-            both in a pilot; or the name of a plug-in's.
-        macs: Cost of the route of a sub-pixel branch as a share of the backbone's, in (0, 1), one for all or one per
-            attach point; by default what a thin copy at ``scale`` costs at most, or, without a scale, what lies in
-            front of the exit and 6 % for the branch.
+            not run on other widths. ``"stitch"``: a solved convolution replaces stages in the middle, and copies of the
+            last ones make the image, the default where ``attach_at`` is left out too and stages of one size hold half
+            of the MACs. ``"auto"``: the copy where it can be built and saves enough, until `fit` compares both in a
+            pilot. Or the name of a plug-in's.
+        macs: Cost of the route of a branch that is no copy as a share of the backbone's, in (0, 1), one for all or one
+            per attach point. By default a sub-pixel branch costs what a thin copy at ``scale`` costs at most, or,
+            without a scale, 6 % beside what lies in front of the exit; one that skips stages skips half.
         min_channels: No width is scaled below this, ``>= 1``; 64 by default.
         tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch repeats the
             stage.
@@ -192,9 +194,9 @@ def wrap_options(
 
 def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any], list[str], list[float | None]]:
     """Give width factor, kind and cost of every exit; no kinds and no costs where nothing decides them."""
-    is_open = branch is None and scale is not None
+    is_open = branch is None and (scale is not None or (macs is None and attach_at is None))
     if branch is None:
-        branch = "copy" if is_open else "subpixel"
+        branch = "copy" if scale is not None else "subpixel"
     scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
     shares = _per_exit("macs", macs, attach_at)
     for kind, share in zip(kinds, shares, strict=True):

@@ -8,12 +8,13 @@ from typing import Any
 
 from retroexit.branch.branch import Branch
 from retroexit.branch.builder import build_branch
+from retroexit.branch.stitch import build_stitch
 from retroexit.branch.subpixel import build_subpixel
 from retroexit.branch.widths.plan import WidthFunction, multiple_of_8, scaled_width
 from retroexit.metrics import LPIPS, MSSSIM, QualityMetric
 from retroexit.plugins.hookspecs import hookimpl
 from retroexit.retrieval import BACKENDS, Retriever
-from retroexit.training.losses import L1, PERCEPTUAL, Perceptual
+from retroexit.training.losses import L1, MSE, PERCEPTUAL, Perceptual
 
 
 @hookimpl
@@ -31,9 +32,9 @@ def retroexit_metrics() -> dict[str, Callable[..., QualityMetric]]:
 
 @hookimpl
 def retroexit_losses() -> dict[str, Callable[..., Any]]:
-    """Offer the mean absolute difference, MS-SSIM, LPIPS, and distances of features of trained networks."""
+    """Offer the mean absolute and squared difference, MS-SSIM, LPIPS, and distances of features of trained networks."""
     perceptual = {name: functools.partial(Perceptual, name) for name in PERCEPTUAL}
-    return {"l1": L1, **perceptual, **retroexit_metrics()}
+    return {"l1": L1, "mse": MSE, **perceptual, **retroexit_metrics()}
 
 
 @hookimpl
@@ -44,5 +45,5 @@ def retroexit_width_rules() -> dict[str, WidthFunction]:
 
 @hookimpl
 def retroexit_branch_kinds() -> dict[str, Callable[..., Branch]]:
-    """Offer the paper's thin copy, and the branch of pixel shuffles."""
-    return {"copy": build_branch, "subpixel": build_subpixel}
+    """Offer the paper's thin copy, the branch of pixel shuffles, and the one that skips stages."""
+    return {"copy": build_branch, "subpixel": build_subpixel, "stitch": build_stitch}

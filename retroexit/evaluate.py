@@ -50,7 +50,7 @@ def evaluate(
         title: Heading of the report.
         command: Command line that reproduces the report, shown in it.
         show: Turns one sample into a picture ``(3, H, W)`` in [0, 1] for the report's image strips.
-        progress: Whether to show a progress bar on a terminal.
+        progress: Whether to show progress on stderr: a bar in a terminal, otherwise a line every few seconds.
         **settings: ``seed``, ``batch``, ``repeats`` (timed runs per route).
 
     Returns:

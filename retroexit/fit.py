@@ -69,7 +69,7 @@ def fit(
         latency: Samples per call, ``>= 1``; measure the times of all exits for such calls.
         devices: Devices of each machine, each with a process; ``None``: torchrun's, or 1.
         nodes: Machines, which must all see the folder; ``None``: torchrun's, or 1.
-        progress: Whether to show progress bars on a terminal.
+        progress: Whether to show progress on stderr: bars in a terminal, otherwise a line every few seconds.
         **settings: Fields of `FitSettings` and `LossOptions`.
 
     Raises:

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from retroexit.core.modules import device_of
 from retroexit.core.nested import flatten, tensors
+from retroexit.core.progress import progress_bar
 from retroexit.core.samples import ImageRange, Samples, drawing_from, measure_range, moved, plain_numbers
 from retroexit.errors import GeneratorError, OptionError, TrainingError
 from retroexit.guidance.provider import GuideProvider
@@ -193,7 +193,7 @@ class Measurement:
     def losses(self, progress: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Measure all samples: losses ``(S, K)``, predicted losses ``(S, K)``, guide distance ``(S,)``."""
         losses, predicted, distances, is_far, fidelity = [], [], [], [], []
-        with tqdm(total=len(self.samples), desc="exits against backbone", disable=not progress or None) as bar:
+        with progress_bar(total=len(self.samples), desc="exits against backbone", show=progress) as bar:
             for indices, args, kwargs in self.samples.batches(self.batch):
                 is_ood = torch.zeros(len(indices)).bool()
                 images = self.images(indices[0], args, kwargs)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from retroexit.branch.widths.plan import Pin
+from retroexit.core.modules import MacCounter
+from retroexit.core.writes import WriteWatch, overwrites_saved
 from retroexit.split.segments import Tail
 
 __all__ = ["Branch", "GuideEntry", "GuideShape", "Inject"]
@@ -128,6 +130,20 @@ class Branch(nn.Module):
         self.plan, self.macs, self.writes = plan, 0, False
         self.inherited: dict[str, Tensor | None] = {}
         self.is_fresh, self.why = False, ""
+
+    def measure(self, values: Sequence[Tensor], guide_shape: GuideShape | None) -> None:
+        """Run the branch once on example values: count its MACs, and see whether it writes into what it needs."""
+        guide = None
+        if guide_shape is not None:
+            guide = values[0].new_zeros(values[0].shape[0], guide_shape.channels, *guide_shape.size)
+        run = lambda: self(*(value.clone() for value in values), guide=guide)  # noqa: E731
+        with torch.no_grad(), MacCounter() as counter, WriteWatch() as watch:
+            run()
+        self.macs, self.writes = counter.macs, watch.seen and overwrites_saved(run)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of some parameters as a share of the usual one, by the beginning of their names."""
+        return {}
 
     def facts(self) -> dict[str, Any]:
         """What a copy keeps besides weights: training flag, frozen parameters, inherited channels."""

@@ -20,7 +20,6 @@ from retroexit.branch.widths.analyse import Behind, Chain, analyse, unsuitable
 from retroexit.branch.widths.equations import symbols_of
 from retroexit.branch.widths.plan import OUTPUT, Pin, TailWidths, WidthPlan, WidthRule
 from retroexit.core.modules import CONVOLUTIONS, MacCounter, clone_module, device_of
-from retroexit.core.writes import WriteWatch, overwrites_saved
 from retroexit.errors import BranchError, RetroExitError, RetroExitWarning, warn
 from retroexit.split.segments import Tail
 from retroexit.split.split import SplitGenerator
@@ -336,16 +335,10 @@ class _BranchBuilder:
 
     def _trial_run(self, branch: Branch) -> None:
         """Run the branch once, and count its multiply-accumulates."""
-        shape, guide = self.spec.guide, None
-        if shape is not None:
-            guide = self.values[0].new_zeros(self.values[0].shape[0], shape.channels, *shape.size)
-        run = lambda: branch(*(value.clone() for value in self.values), guide=guide)  # noqa: E731
         try:
-            with torch.no_grad(), MacCounter() as counter, WriteWatch() as watch:
-                run()
+            branch.measure(self.values, self.spec.guide)
         except Exception as error:
             raise unsuitable(error) from error
-        branch.macs, branch.writes = counter.macs, watch.seen and overwrites_saved(run)
 
 
 def analyse_tail(tail: Tail, cut: Cut, values: Sequence[Tensor], spec: BranchSpec, small: bool) -> TailWidths:

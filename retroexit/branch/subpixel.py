@@ -26,7 +26,7 @@ from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
 from retroexit.stages.decoder import Cut
 
-__all__ = ["Level", "SubpixelBranch", "SubpixelPlan", "build_subpixel", "choose_sizes"]
+__all__ = ["Convolution", "Level", "Output", "SubpixelBranch", "SubpixelPlan", "build_subpixel", "choose_sizes"]
 
 _CONVOLUTION: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MOST_NUMBERS = 8192  # of a live vector; longer ones are averaged over their middle axes
@@ -141,7 +141,7 @@ def _prime_factors(number: int) -> list[int]:
     return factors
 
 
-class _Convolution(nn.Module):
+class Convolution(nn.Module):
     """A convolution that keeps the size, and whose first axis looks only back if it is causal."""
 
     def __init__(self, channels: int, out_channels: int, axes: int, causal: bool, kernel: int = 3) -> None:
@@ -212,9 +212,9 @@ class _Level(nn.Module):
         super().__init__()
         axes, width = len(level.factors), level.width
         self.factors = level.factors
-        self.refine = _Convolution(channels, width * math.prod(level.factors), axes, causal, kernel)
+        self.refine = Convolution(channels, width * math.prod(level.factors), axes, causal, kernel)
         self.live = nn.ModuleDict({str(position): entry for position, entry in live.items()})
-        self.layers = nn.ModuleList(_Convolution(width, width, axes, causal) for _ in range(level.depth))
+        self.layers = nn.ModuleList(Convolution(width, width, axes, causal) for _ in range(level.depth))
 
     def forward(self, x: Tensor, live: Sequence[Tensor]) -> Tensor:
         """Map ``(N, C, ...)`` to ``(N, width, ...)`` on the finer grid."""
@@ -235,7 +235,7 @@ class ImageSlot:
 
 
 @dataclass(frozen=True)
-class _Output:
+class Output:
     """What the generator returns: its structure, and the image's size, in one recorded call.
 
     Attributes:
@@ -260,7 +260,7 @@ class _Output:
     steps: tuple[int | None, ...] = ()
 
     @classmethod
-    def of(cls, output: Any, feature: Tensor, spec: BranchSpec) -> _Output:
+    def of(cls, output: Any, feature: Tensor, spec: BranchSpec) -> Output:
         """Read an output of the generator for a feature.
 
         Raises:
@@ -327,7 +327,7 @@ class _Output:
 
 
 def _frames(image: Tensor, feature: Tensor, rows: Sequence[int]) -> tuple[int, int, int | None] | None:
-    """See `_Output.frames`; ``rows`` are those of one sample in the feature and the live values."""
+    """See `Output.frames`; ``rows`` are those of one sample in the feature and the live values."""
     count = rows[0] if rows else 1
     axes = [axis for axis in (2, 1) if image.dim() == feature.dim() + 1 and image.shape[axis] == count]
     if count < 2 or not axes or image.shape[0] * count != feature.shape[0]:
@@ -358,7 +358,7 @@ class SubpixelBranch(Branch):
 
     kind = "subpixel"
 
-    def __init__(self, plan: SubpixelPlan, values: Sequence[Tensor], spec: BranchSpec, output: _Output) -> None:
+    def __init__(self, plan: SubpixelPlan, values: Sequence[Tensor], spec: BranchSpec, output: Output) -> None:
         super().__init__(asdict(plan))
         feature, guide, axes = values[0], spec.guide, len(plan.last)
         self.sizes, self.output, self.init = plan, output, spec.init
@@ -379,7 +379,7 @@ class SubpixelBranch(Branch):
             levels.append(_Level(channels, level, live, plan.causal, 3 if number else plan.kernel))
             channels = level.width
         self.levels = nn.ModuleList(levels)
-        self.last = _Convolution(channels, output.channels * math.prod(plan.last), axes, plan.causal)
+        self.last = Convolution(channels, output.channels * math.prod(plan.last), axes, plan.causal)
 
     @property
     def widths(self) -> list[int]:
@@ -459,7 +459,7 @@ def build_subpixel(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         returned = tail(*(value.clone() for value in values))
-    output = _Output.of(returned, feature, spec)
+    output = Output.of(returned, feature, spec)
     output = replace(output, steps=_steps(tail, values, spec, output))
     image = output.image_of(returned)
     meta = [value.to("meta") for value in values]
@@ -521,7 +521,7 @@ def _scaled_macs(tail: Tail, values: Sequence[Tensor], spec: BranchSpec) -> floa
 
 
 @torch.no_grad()
-def _steps(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, output: _Output) -> tuple[int | None, ...]:
+def _steps(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, output: Output) -> tuple[int | None, ...]:
     """Pixels of the image that one more of the feature adds, per axis, from a run on half of its maps.
 
     ``None`` for a tail that runs on no other size, and where the image is not larger by a whole number.
@@ -548,9 +548,7 @@ def _steps(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, output: _Outp
 
 
 @torch.no_grad()
-def _causal_frames(
-    tail: Tail, values: Sequence[Tensor], spec: BranchSpec, image: Tensor, output: _Output
-) -> int | None:
+def _causal_frames(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, image: Tensor, output: Output) -> int | None:
     """Change the last frame of everything, and see which frames of the image change.
 
     The first axis of one- and three-dimensional maps is taken as time.

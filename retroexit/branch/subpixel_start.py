@@ -20,11 +20,11 @@ from retroexit.branch.branch import Reconstruction
 from retroexit.branch.least_squares import design, draw_places, exact, least_squares, rows
 from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
 
-__all__ = ["explaining_channels", "solve_subpixel"]
+__all__ = ["PLACES", "LayerSolver", "explaining_channels", "solve_subpixel"]
 
 logger = logging.getLogger(__name__)
 
-_PLACES = 4096
+PLACES = 4096
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def solve_subpixel(
     values: Sequence[Tensor],
     guide: Tensor | None = None,
     *,
-    places: int = _PLACES,
+    places: int = PLACES,
     seed: int = 0,
 ) -> Reconstruction:
     """Solve the layers of a branch, in place.
@@ -65,7 +65,7 @@ def solve_subpixel(
         return float(missing.float().square().mean() / (expected.float().var() + 1e-12))
 
     before, previous = error(), {name: value.clone() for name, value in branch.state_dict().items()}
-    solver, solved = _Solver(places, torch.Generator().manual_seed(seed)), []
+    solver, solved = LayerSolver(places, torch.Generator().manual_seed(seed)), []
     x = branch.read(samples[0], guides[0])
     for number, level in enumerate(cast("Iterable[Any]", branch.levels)):
         size = tuple(s * factor for s, factor in zip(x.shape[2:], level.factors, strict=True))
@@ -123,7 +123,7 @@ def _folded(x: Tensor, size: tuple[int, ...]) -> Tensor | None:
     return pixel_unshuffle(x, tuple(have // s for have, s in zip(x.shape[2:], size, strict=True)))
 
 
-class _Solver:
+class LayerSolver:
     """Solves layers one after the other."""
 
     def __init__(self, places: int, generator: torch.Generator) -> None:

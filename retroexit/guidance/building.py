@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from retroexit.core.files import MANIFEST, read_array, read_manifest, reading, staged, write_array, write_manifest
+from retroexit.core.progress import progress_bar
 from retroexit.errors import BankError, CheckpointError, OptionError
 from retroexit.guidance.bank import GuidanceBank, cut
 from retroexit.guidance.sampling import Thinning, coverage, farthest_points
@@ -256,7 +256,7 @@ def _compute_values(
     inputs = np.unique(source)
     values = np.empty(0, np.float16)
     starts = range(0, len(inputs), _VALUE_BATCH)
-    for start in tqdm(starts, desc="values", disable=None if progress else True):
+    for start in progress_bar(starts, desc="values", show=progress):
         batch = inputs[start : start + _VALUE_BATCH]
         rows = np.flatnonzero(np.isin(source, batch))
         feature = values_of(batch.tolist())

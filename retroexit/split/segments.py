@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -59,7 +59,7 @@ class GraphPart(nn.Module):
         # Graph and code never change and are shared.
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate
-        for key, value in self.__dict__.items():
+        for key, value in self.__getstate__().items():  # without what was compiled
             copied = key in nn.Module().__dict__ or isinstance(value, Tensor)
             duplicate.__dict__[key] = copy.deepcopy(value, memo) if copied else value
         return duplicate
@@ -130,17 +130,18 @@ class Tail(GraphPart):
     """The rest of a generator after a cut: ``tail(feature, *live)`` gives the generator's output structure.
 
     Layers are copies (see `clone_module`) under their dotted paths. What the forward reads itself is copied
-    too. With ``share``, weights are the generator's, for reading only. ``result`` are the nodes that it gives, by
-    default all of the output.
+    too. With ``share``, weights are the generator's, for reading only. ``result`` are the nodes that it gives;
+    ``constants`` are the recording's.
     """
 
     rest: list[fx.Node]
+    constants: Mapping[str, Any]
 
     def __init__(
-        self, recording: Recording, generator: nn.Module, cut: Cut, result: Any = None, *, share: bool = False
+        self, constants: Mapping[str, Any], generator: nn.Module, cut: Cut, result: Any, *, share: bool = False
     ) -> None:
-        result = recording.nodes[-1].args[0] if result is None else result
         self.__dict__["rest"] = rest = needed_for(result, cut.rest)
+        self.__dict__["constants"] = constants
         super().__init__(rest, cut.crossing, result)
         self.generate()
         self._changed_runs: dict[tuple[str, ...], Callable[..., Any]] = {}
@@ -152,15 +153,15 @@ class Tail(GraphPart):
                 owner = _container(self, parent)
                 if name not in owner._modules:
                     owner.add_module(name, clone_module(generator.get_submodule(target), memo, share=share))
-            elif node.op == "get_attr" and target in recording.constants:
-                value = recording.constants[target]
+            elif node.op == "get_attr" and target in constants:
+                value = constants[target]
                 if isinstance(value, Tensor):
                     self.register_buffer(target, value.clone(), persistent=False)
                 else:
                     setattr(self, target, value)
         # After the modules, so that the weight of a copied layer is shared with a forward that reads it.
         for node in rest:
-            if node.op == "get_attr" and node.target not in recording.constants:
+            if node.op == "get_attr" and node.target not in constants:
                 self._copy_attribute(generator, str(node.target), memo, share)
         self.eval()
 

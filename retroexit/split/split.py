@@ -252,14 +252,17 @@ class SplitGenerator:
     def select(self, values: Values, rows: Tensor) -> Values:
         """Keep some samples of a batch."""
         return {
-            n: v.index_select(0, group(rows, self.batched[n]).to(v.device)) if n in self.batched else v
+            n: v.index_select(0, group(rows, self.batched[n]).to(v.device, non_blocking=True))
+            if n in self.batched
+            else v
             for n, v in values.items()
         }
 
     def tail(self, index: int, *, share: bool = False) -> Tail:
         """Copy everything after a cut as a module; with ``share`` it holds the generator's own weights."""
         decoder = self.decoder
-        return Tail(decoder.recording, self.generator, self.cuts[index], decoder.result, share=share)
+        constants = decoder.recording.constants
+        return Tail(constants, self.generator, self.cuts[index], decoder.result, share=share)
 
     def value_at(self, cut: Cut, args: Any, kwargs: Any) -> Tensor:
         """Run the generator up to another cut; returns its feature ``(N, C, ...)``."""

@@ -8,6 +8,9 @@ _TARGETS = (0.04, 0.12, 0.3, 0.55)  # as many exits as the paper attaches to OAS
 _FEWEST = 3
 _LEAST_SAVED = 0.2  # share of the MACs that an exit must save at least, without its branch
 _NEAR = 0.03  # suggested stages differ by more than this in cumulative share
+_ROUTES = (0.3, 0.45, 0.6)  # costs of exits that skip stages of one size
+_DEAREST = 0.7  # most that such an exit costs
+_TRUNK = 0.5  # share of the MACs that stages of one size hold at least for that
 
 
 @dataclass(frozen=True)
@@ -111,3 +114,32 @@ def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
     while len(chosen) < _FEWEST and apart(farthest := max(worthwhile, key=apart)):
         chosen.append(farthest)
     return sorted(s.index for s in chosen)
+
+
+def suggest_skips(stages: Sequence[Stage]) -> list[tuple[Stage, float]]:
+    """Suggest exits that skip stages in the middle; none where no stages of one output size hold half of the MACs.
+
+    Three targets lie at routes of 30, 45 and 60 % of the MACs, a quarter of it in front of the exit: the last stages
+    make the details of the image.
+
+    Returns:
+        The stage in front of each exit, ascending, and the cost of its route as a share of the backbone's.
+    """
+    pairs = [(a, b) for i, a in enumerate(stages) for b in stages[i + 1 :] if a.shape == b.shape]
+    if max((b.cumulative - a.cumulative for a, b in pairs), default=0.0) < _TRUNK:
+        return []
+    chosen: list[tuple[Stage, Stage]] = []
+    for target in _ROUTES:
+        index, cost = (chosen[-1][0].index, _route(chosen[-1])) if chosen else (0, 0.0)
+
+        def distance(pair: tuple[Stage, Stage], target: float = target) -> float:
+            return abs(_route(pair) - target) + abs(pair[0].cumulative - target / 4) / 2
+
+        possible = [p for p in pairs if p[0].index > index and cost + _NEAR < _route(p) <= _DEAREST]
+        if possible:
+            chosen.append(min(possible, key=distance))
+    return [(pair[0], _route(pair) + 0.9 * pair[1].share) for pair in chosen]  # room for what replaces the stages
+
+
+def _route(pair: tuple[Stage, Stage]) -> float:
+    return pair[0].cumulative + pair[1].saves

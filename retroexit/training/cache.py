@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from retroexit.core.files import new_array, read_json, read_npy, reading, write_json
 from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of
+from retroexit.core.progress import progress_bar
 from retroexit.core.samples import Samples, drawing_from, moved
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.provider import Taps
@@ -103,8 +103,7 @@ class FeatureCache:
             args, kwargs = samples.gather(range(min(batch, len(samples))))
             values = compute_features(model, args, kwargs, samples.seed)
             shared = {name: values[name].cpu() for name in shared_names}
-        off = None if progress else True
-        bar = tqdm(total=len(samples), initial=done, desc="backbone features", disable=off)
+        bar = progress_bar(total=len(samples), initial=done, desc="backbone features", show=progress)
         for indices, args, kwargs in samples.batches(batch, done):
             for name, value in compute_features(model, args, kwargs, samples.seed + indices[0]).items():
                 if name in shared_names:

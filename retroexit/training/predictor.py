@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from retroexit.core.files import read_tensors, reading, write_tensors
 from retroexit.core.modules import device_of
+from retroexit.core.progress import progress_bar
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import BankError, CheckpointError, TrainingError
 from retroexit.metrics import QualityMetric
@@ -34,8 +34,8 @@ def exit_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, 
     if team.from_first(path.exists()):
         return _read_losses(path, size)
     losses = torch.zeros(size, dtype=torch.float32, device=steps.device)
-    off = None if progress and team.is_first else True
-    with tqdm(total=size[0], desc="losses of all exits", disable=off) as bar:
+    shows = progress and team.is_first
+    with progress_bar(total=size[0], desc="losses of all exits", show=shows) as bar:
         for number, rows in enumerate(chunks(size[0], 8)):
             bar.update(len(rows))
             if number % team.size == team.rank:
@@ -193,7 +193,7 @@ def _optimise(
     random = np.random.default_rng(seed)
     target = log_losses(data.losses)
     best, best_state = math.inf, dict[str, Tensor]()
-    bar = tqdm(range(steps), desc="predictor", disable=None if progress else True)
+    bar = progress_bar(range(steps), desc="predictor", show=progress)
     for step in bar:
         predictor.train()
         picked = rows[torch.from_numpy(random.integers(0, len(rows), _BATCH))]

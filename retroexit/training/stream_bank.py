@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm import tqdm
 
 from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of
+from retroexit.core.progress import progress_bar
 from retroexit.core.samples import Samples, drawing_from
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
@@ -116,7 +116,7 @@ def _keys(
     model: EarlyExitGenerator, taps: Taps, samples: Samples, batch: int, first: int, progress: bool
 ) -> Iterator[tuple[Tensor, list[int]]]:
     """Compute the maps that keys are cut from; run no later stage, and none if a function returns them."""
-    with tqdm(total=len(samples), initial=first, desc="keys", disable=None if progress else True) as bar:
+    with progress_bar(total=len(samples), initial=first, desc="keys", show=progress) as bar:
         for indices, args, kwargs in samples.batches(batch, first):
             with torch.no_grad(), drawing_from(samples.seed + indices[0], device_of(model.generator)):
                 if taps.key is None:

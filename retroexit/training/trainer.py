@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from retroexit.branch.branch import Branch
 from retroexit.branch.copy import CopyBranch
 from retroexit.core.files import read_tensors, reading, write_tensors
 from retroexit.core.modules import device_of, watching
+from retroexit.core.progress import progress_bar
 from retroexit.core.samples import ImageRange, drawing_from
 from retroexit.errors import MissingExtraError, TrainingError
 from retroexit.model import EarlyExitGenerator
@@ -120,7 +120,7 @@ class BranchTrainer:
         self.device = device_of(model.generator)
         self.trained = [p for p in branch.parameters() if p.requires_grad]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.trained)
-        self.optimizer = torch.optim.Adam(self.trained, lr=settings.lr, betas=(0.9, 0.99), fused=fused)
+        self.optimizer = torch.optim.Adam(_groups(branch), lr=settings.lr, betas=(0.9, 0.99), fused=fused)
         self.average = averaged(self.trained, settings.ema)
         self.averages = list(self.average.module.parameters())
         self.step = 0
@@ -159,7 +159,7 @@ class BranchTrainer:
     def advance(self, step: Step) -> dict[str, float]:
         """Do one optimiser step, and return the parts of the loss; raises `TrainingError` if it is not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.settings)
+            group["lr"] = group["share"] * learning_rate(self.step, self.settings)
         with drawing_from(step.seed, self.device), self._precision():
             image = self.model.split.place_of(self._render(step))
             batch = TrainingBatch(self.limits.to_signed(image.float()), step.target, step.args, step.kwargs)
@@ -258,6 +258,16 @@ class BranchTrainer:
         return tensors
 
 
+def _groups(branch: Branch) -> list[dict[str, Any]]:
+    """Sort the parameters of a branch by their share of the learning rate."""
+    groups = dict[float, list[nn.Parameter]]()
+    for name, parameter in branch.named_parameters():
+        if parameter.requires_grad:
+            share = next((v for start, v in branch.learning_rates().items() if name.startswith(start)), 1.0)
+            groups.setdefault(share, []).append(parameter)
+    return [{"params": parameters, "share": share} for share, parameters in groups.items()]
+
+
 def _below(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
     return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
 
@@ -310,8 +320,8 @@ def train_branches(
     for trainer in trainers:
         if not trainer.resume():
             trainer.save()  # a run interrupted before the next one starts with the same weights
-    begin, off = min(trainer.step for trainer in trainers), None if progress and steps.team.is_first else True
-    with tqdm(total=settings.steps, initial=begin, desc="branches", disable=off) as bar:
+    begin, shows = min(trainer.step for trainer in trainers), progress and steps.team.is_first
+    with progress_bar(total=settings.steps, initial=begin, desc="branches", show=shows) as bar:
         try:
             for number in range(begin, settings.steps):
                 step = steps.at(number)
@@ -328,7 +338,7 @@ def train_branches(
 
 
 def _train_step(
-    trainers: Sequence[BranchTrainer], step: Step, settings: FitSettings, writer: TrainingWriter | None, bar: tqdm
+    trainers: Sequence[BranchTrainer], step: Step, settings: FitSettings, writer: TrainingWriter | None, bar: Any
 ) -> None:
     # If a run was killed between two checkpoints, some branches are ahead of others.
     due = [trainer for trainer in trainers if trainer.step == step.number]

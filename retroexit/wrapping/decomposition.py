@@ -42,7 +42,7 @@ from retroexit.stages.maps import shape_of
 from retroexit.stages.stage import Stage
 from retroexit.tracing.record import unobserved
 from retroexit.tracing.recorder import failure
-from retroexit.wrapping.options import BranchPlan, WrapOptions
+from retroexit.wrapping.options import BRANCH_SHARE, BranchPlan, WrapOptions
 
 AUTO = "auto"
 """Kind of branch that leaves the choice to `retroexit.wrap` and `retroexit.fit`."""
@@ -373,6 +373,11 @@ def _choose_exit(decomposition: Decomposition, index: int, crossing: list[Tensor
     try:
         branch, macs = build(spec, "copy" if kind == AUTO else kind)
     except BranchError as error:
+        if options.is_suggested and kind == "stitch":
+            share = min(BRANCH_SHARE * decomposition.backbone_macs, behind / 3)
+            branch, macs = build(replace(spec, macs=share), "subpixel")
+            branch.why = _reason(error)
+            return branch, macs
         if kind == AUTO or not options.branches:
             return _instead_of_copy(build, spec, error)
         if options.macs or kind == "copy":

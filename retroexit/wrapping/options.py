@@ -15,7 +15,7 @@ from retroexit.branch.widths.plan import WidthRule
 from retroexit.errors import AttachPointError, OptionError, warn
 from retroexit.guidance.provider import Guidance
 from retroexit.plugins.description import Description
-from retroexit.stages.stage import Stage
+from retroexit.stages.stage import Stage, suggest_skips
 
 BRANCH_SHARE = 0.06
 """Cost of a branch that nobody has sized, as a share of the backbone's."""
@@ -52,10 +52,11 @@ class WrapOptions:
         predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first
             feature.
         branches: Kind of branch of each attach point; ``"auto"`` to choose; empty for copies wherever they can be
-            built.
+            built, or, without attach points and sizes, for the suggested kind.
         macs: Cost of the route of each attach point as a share of the backbone's; ``None`` to follow its rule;
             empty to choose.
         plans: What was chosen earlier, one per exit, from a saved model.
+        is_suggested: Whether `at_suggested` has chosen attach points and kinds.
         build_stage: Builds thin stages through their own constructor, where an adapter can.
         description: What the chosen adapter says about the generator; ``None`` where all plug-ins are consulted.
     """
@@ -76,6 +77,7 @@ class WrapOptions:
     branches: tuple[str, ...] = ()
     macs: tuple[float | None, ...] = ()
     plans: tuple[BranchPlan, ...] | None = None
+    is_suggested: bool = False
     build_stage: BuildStage | None = None
     description: Description | None = None
 
@@ -95,12 +97,19 @@ class WrapOptions:
             raise OptionError(f"init must be 'inherit' or 'scratch', got {self.init!r}.")
 
     def at_suggested(self, stages: Sequence[Stage]) -> WrapOptions:
-        """Attach exits behind the suggested stages of l_1..l_N, where the user has left that open."""
+        """Attach exits behind the suggested stages of l_1..l_N, where the user has left that open.
+
+        Where stages of one output size hold half of the MACs, exits skip some of them, see `suggest_skips`.
+        """
         if self.attach_at is not None:
             return self
-        places = tuple(stage.path for stage in stages if stage.is_suggested)
-        one_each = {name: getattr(self, name) * len(places) for name in ("rules", "branches", "macs")}
-        return replace(self, attach_at=places, **one_each)
+        is_open = not self.branches and not self.macs
+        skips = suggest_skips(stages) if is_open else []
+        places = tuple(s.path for s, _ in skips) or tuple(s.path for s in stages if s.is_suggested)
+        branches = ("stitch" if skips else "subpixel",) if is_open else self.branches
+        rules, macs = self.rules * len(places), self.macs * len(places) or tuple(share for _, share in skips)
+        branches *= len(places)
+        return replace(self, attach_at=places, rules=rules, branches=branches, macs=macs, is_suggested=True)
 
     def rule_of(self, stage: Stage) -> WidthRule:
         """Width rule of the branch at a stage."""

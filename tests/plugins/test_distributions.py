@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HEAD = "from retroexit.plugins import hookimpl\n"
-GOOD = f"{HEAD}@hookimpl\ndef retroexit_losses():\n    from torch import nn\n    return {{'mse': nn.MSELoss}}\n"
+GOOD = f"{HEAD}@hookimpl\ndef retroexit_losses():\n    from torch import nn\n    return {{'squares': nn.MSELoss}}\n"
 
 
 @dataclass
@@ -77,8 +77,8 @@ def seen(tmp_path_factory):
     for name, (source, _) in NOT_IN_USE.items():
         module = f"plug_{name.replace(' ', '_')}"
         site.add(f"bad-{name.replace(' ', '-')}", module, source, entry=f"{name} = {module}")
-    site.add("first-zoo", "plug_zoo", GOOD.replace("mse", "zoo"), entry="zoo = plug_zoo")
-    site.add("second-zoo", "plug_zoo2", GOOD.replace("mse", "zoo2"), entry="zoo = plug_zoo2")
+    site.add("first-zoo", "plug_zoo", GOOD.replace("squares", "zoo"), entry="zoo = plug_zoo")
+    site.add("second-zoo", "plug_zoo2", GOOD.replace("squares", "zoo2"), entry="zoo = plug_zoo2")
     done = site.run("-c", LOOK)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -87,7 +87,7 @@ def seen(tmp_path_factory):
 def test_whatever_is_installed_the_library_imports_and_works(seen):
     assert seen["early"] == [], "'import retroexit' looked for plug-ins"
     assert seen["used"] == ["ExactRetriever", 32]
-    assert {"l1", "mse", "zoo"} <= set(seen["losses"])
+    assert {"l1", "mse", "squares", "zoo"} <= set(seen["losses"])
     assert seen["plugins"]["plug_good"] == seen["plugins"]["builtin"] == ["in use", None]
     assert {category for category, _ in seen["said"]} == {"RetroExitWarning"}
     assert len(seen["said"]) == len(NOT_IN_USE) + 1

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from retroexit.errors import CheckpointError, OptionError, TrainingError, WeightsError
 from retroexit.metrics import LPIPS, MSSSIM
 from retroexit.plugins import host
 from retroexit.plugins.training_types import TrainingBatch
-from retroexit.training.losses import L1, PERCEPTUAL, Gaze, Perceptual, TrainingLoss
+from retroexit.training.losses import L1, MSE, PERCEPTUAL, Gaze, Perceptual, TrainingLoss
 from retroexit.training.losses.terms import Equaliser
 
 
@@ -135,10 +136,10 @@ def terms():
             return x.mean((2, 3))[:, :2] / (x.mean((2, 3)).norm(dim=1, keepdim=True) + 1e-6)
 
     features = Perceptual("features-random")
-    return {"l1": L1(), "ms-ssim": MSSSIM(), "features-random": features, "gaze": Gaze(Network())}
+    return {"l1": L1(), "mse": MSE(), "ms-ssim": MSSSIM(), "features-random": features, "gaze": Gaze(Network())}
 
 
-@pytest.mark.parametrize("name", ["l1", "ms-ssim", "features-random", "gaze"])
+@pytest.mark.parametrize("name", ["l1", "mse", "ms-ssim", "features-random", "gaze"])
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_every_term_is_finite_at_equal_images_and_at_opposite_ones(name, bfloat16):
     term = terms()[name]
@@ -155,6 +156,14 @@ def test_every_term_is_finite_at_equal_images_and_at_opposite_ones(name, bfloat1
         else:
             assert value > 0
     assert image.grad.any()
+
+
+def test_mse_is_what_psnr_is_made_of(pair):
+    value, (image, target) = float(host().loss("mse")(*pair)), pair
+    squares = [(float(a) - float(b)) ** 2 for a, b in zip(image.flatten(), target.flatten(), strict=True)]
+    assert value == pytest.approx(sum(squares) / len(squares), rel=1e-4)
+    psnr = peak_signal_noise_ratio((image + 1) / 2, (target + 1) / 2, data_range=1.0)
+    assert value == pytest.approx(4 * 10 ** (-float(psnr) / 10), rel=1e-4)
 
 
 def test_ms_ssim_keeps_its_value_under_bfloat16(pair):

@@ -2,6 +2,6 @@
 
 from retroexit.training.losses.perceptual import PERCEPTUAL, Perceptual
 from retroexit.training.losses.plan import TrainingLoss
-from retroexit.training.losses.terms import L1, Gaze
+from retroexit.training.losses.terms import L1, MSE, Gaze
 
-__all__ = ["L1", "PERCEPTUAL", "Gaze", "Perceptual", "TrainingLoss"]
+__all__ = ["L1", "MSE", "PERCEPTUAL", "Gaze", "Perceptual", "TrainingLoss"]

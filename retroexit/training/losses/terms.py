@@ -31,6 +31,17 @@ class L1:
         return F.l1_loss(image.float(), target.float())
 
 
+class MSE:
+    """Mean squared difference, whose minimum is that of the highest PSNR.
+
+    Images are in [-1, 1], so that it is four times ``10 ** (-PSNR / 10)``.
+    """
+
+    def __call__(self, image: Tensor, target: Tensor) -> Tensor:
+        """Compare two batches of images ``(N, C, H, W)``; returns a scalar."""
+        return F.mse_loss(image.float(), target.float())
+
+
 class Gaze:
     """Mean absolute difference of a gaze network's outputs for both images (L_GL of equation 4).
 
