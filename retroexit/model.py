@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.core.identity import unwrapped
-from retroexit.core.modules import without_autocast
+from retroexit.core.modules import compile_alone, without_autocast
 from retroexit.core.samples import plain_numbers
 from retroexit.errors import CheckpointError, GeneratorError, NotRecordedError, OptionError, silence
 from retroexit.guidance.bank import GuidanceBank
@@ -102,6 +102,7 @@ class EarlyExitGenerator(nn.Module):
         vars(self).update(whole=None)  # not a submodule, since the generator is a part of it
         self._decomposition: Decomposition | None = None
         self._saved_weights: dict[str, Tensor] | None = None
+        self._compile_options: dict[str, Any] | None = None
         self._lock = threading.Lock()
         self.training = False
         self.router.eval()
@@ -288,6 +289,25 @@ class EarlyExitGenerator(nn.Module):
             if self._saved_weights is not None:
                 self._load_weights(self._saved_weights)
             self._decomposition = decomposition
+            if self._compile_options is not None:
+                self.compile(**self._compile_options)
+
+    def compile(self, **options: Any) -> None:
+        """Compile every segment, branch and the predictor by `torch.compile`, each as one graph for any batch and size.
+
+        Calls without routing options are the generator's own and are not compiled. Compilation waits for the first
+        calls: a batch of one sample is compiled apart, and on the CPU one of 16 and more. Call it again after a fit.
+
+        Args:
+            **options: Options of `torch.compile`, such as ``backend`` or ``mode``.
+        """
+        self._compile_options = options
+        if self._decomposition is None:
+            return
+        pieces = [*self.split.stems, *self.split.segments[1:], self.split.rest, *self.branches]
+        for piece in pieces:
+            piece._compiled_call_impl = compile_alone(piece._call_impl, **options)
+        self.router.compile(**options)
 
     @property
     def decomposition(self) -> Decomposition:

@@ -5,12 +5,15 @@
 
 import contextlib
 import copy
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from retroexit.core.nested import tensors
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """PyTorch's convolutions."""
@@ -97,6 +100,29 @@ class MacCounter(FlopCounterMode):
     def macs(self) -> int:
         """Multiply-accumulates so far."""
         return int(self.get_total_flops()) // 2
+
+
+def compile_alone(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compile a function as one graph for any batch and size: all axes of its tensors but the second.
+
+    torch.compile counts compilations per code object and gives up after a few, so each function gets its own. With
+    ``dynamic=True`` it would take axes of equal size for one.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    own: Any = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    compiled: Any = torch.compile(own, fullgraph=True, **options)
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        for tensor in tensors((args, kwargs)):
+            for axis in range(tensor.dim()):
+                if axis != 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        return compiled(*args, **kwargs)
+
+    return marked
 
 
 def count_macs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:

@@ -37,29 +37,35 @@ class Group:
 
 def groups(split: SplitGenerator, guide: GuideProvider, begun: Begun, choice: Choice) -> Iterator[Group]:
     """Run the backbone from the first cut on, as far as a sample needs it; yield the samples of each exit."""
-    exits, count = choice.exits, len(split.cuts)
-    early = (exits <= count).nonzero()[:, 0]
-    everyone = len(early) == len(exits)
+    exits, count = choice.exits.tolist(), len(split.cuts)  # the only wait for the device
+    device = choice.exits.device
+
+    def numbers(rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
+
+    early = [row for row, exit in enumerate(exits) if exit <= count]
     with torch.no_grad():  # one search for all samples that leave early
-        guides = None if guide.taps is None else guide.guide(begun, None if everyone else early, choice.retrieved)
-    values, rows = begun.values, torch.arange(len(exits), device=exits.device)
+        place_of = {row: place for place, row in enumerate(early)}
+        some = None if len(early) == len(exits) else numbers(early)
+        guides = None if guide.taps is None else guide.guide(begun, some, choice.retrieved)
+    values, rows = begun.values, list(range(len(exits)))
     for cut in range(count):
         if cut:
             values = split.advance(values, cut)
-        leaves = exits[rows] == cut + 1
-        if not bool(leaves.any()):
+        leaving = [place for place, row in enumerate(rows) if exits[row] == cut + 1]
+        if not leaving:
             continue
-        leaving, staying = leaves.nonzero()[:, 0], (~leaves).nonzero()[:, 0]
-        part = values if not len(staying) else split.select(values, leaving)
-        if guides is None or len(leaving) == len(exits):
-            part_guides = guides
-        else:  # early is sorted, so a row's position in it is its position among the guides
-            part_guides = guides[torch.searchsorted(early, rows[leaving])]
-        yield Group(rows[leaving], cut + 1, cut, part, part_guides)
-        if not len(staying):
+        staying = [place for place, row in enumerate(rows) if exits[row] != cut + 1]
+        leavers = [rows[place] for place in leaving]
+        part = split.select(values, numbers(leaving)) if staying else values
+        part_guides = guides
+        if guides is not None and len(leavers) < len(early):
+            part_guides = guides[numbers([place_of[row] for row in leavers])]
+        yield Group(numbers(leavers), cut + 1, cut, part, part_guides)
+        if not staying:
             return
-        values, rows = split.select(values, staying), rows[staying]
-    yield Group(rows, count + 1, count - 1, values, None)
+        values, rows = split.select(values, numbers(staying)), [rows[place] for place in staying]
+    yield Group(numbers(rows), count + 1, count - 1, values, None)
 
 
 def render(split: SplitGenerator, branches: nn.ModuleList, guide: GuideProvider, begun: Begun, choice: Choice) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retroexit.core.modules import count_macs
+from retroexit.core.modules import compile_alone, count_macs
 from retroexit.core.nested import tensors
 from retroexit.errors import OptionError, TrainingError, warn
 from retroexit.guidance.provider import GuideProvider
@@ -62,14 +62,20 @@ class Router(nn.Module):
         self._guide = GuideProvider()
         self._predictor_macs: tuple[nn.Module, tuple[int, ...], int] | None = None
         self._void: tuple[Calibration | None, dict[str, str]] = (None, {})
+        self._estimate = estimate
 
     def __getstate__(self) -> dict[str, Any]:
         # The decomposition and the provider of guides belong to one recording: a copy is attached to its own.
-        return self.__dict__ | {"_decomposition": None, "_guide": GuideProvider(), "_predictor_macs": None}
+        own = {"_decomposition": None, "_guide": GuideProvider(), "_predictor_macs": None, "_estimate": estimate}
+        return self.__dict__ | own
 
     def attach(self, decomposition: Decomposition, guide: GuideProvider) -> None:
         """Take the exits of a recorded generator and the provider of their guides."""
         self._decomposition, self._guide = decomposition, guide
+
+    def compile(self, **options: Any) -> None:
+        """Compile the prediction, with options of `torch.compile`."""
+        self._estimate = compile_alone(estimate, **options)
 
     # Choosing.
 
@@ -121,7 +127,7 @@ class Router(nn.Module):
         elif reads == "features+distance":
             retrieved = self._guide.retrieve(begun)
             inputs.append(guide_distance(retrieved.distances).to(begun.feature.device))
-        losses, distance = estimate(self.predictor, inputs, 1 if reads == "inputs" else self._rows_per_sample)
+        losses, distance = self._estimate(self.predictor, inputs, 1 if reads == "inputs" else self._rows_per_sample)
         return LossPrediction(losses, distance > 1, retrieved)
 
     def _guarded(self, prediction: LossPrediction) -> Tensor:

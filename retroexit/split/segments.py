@@ -59,7 +59,7 @@ class GraphPart(nn.Module):
         # Graph and code never change and are shared.
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate
-        for key, value in self.__dict__.items():
+        for key, value in self.__getstate__().items():  # without what was compiled
             copied = key in nn.Module().__dict__ or isinstance(value, Tensor)
             duplicate.__dict__[key] = copy.deepcopy(value, memo) if copied else value
         return duplicate

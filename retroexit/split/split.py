@@ -252,7 +252,9 @@ class SplitGenerator:
     def select(self, values: Values, rows: Tensor) -> Values:
         """Keep some samples of a batch."""
         return {
-            n: v.index_select(0, group(rows, self.batched[n]).to(v.device)) if n in self.batched else v
+            n: v.index_select(0, group(rows, self.batched[n]).to(v.device, non_blocking=True))
+            if n in self.batched
+            else v
             for n, v in values.items()
         }
 
