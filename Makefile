@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean compiler
+.PHONY: demo test docs lint clean compiler
 
 demo: $(VENV)/.demo
 	$(BIN)/retroexit demo
@@ -11,13 +11,17 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -W -b html docs docs/_build
+	@echo "open docs/_build/index.html"
+
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) docs/_build dist build .pytest_cache .ruff_cache .mypy_cache
 
 compiler:
 	@command -v g++ >/dev/null || { \
@@ -36,6 +40,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[all,test,zoo]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(VENV)/.lint: pyproject.toml | $(BIN)/python

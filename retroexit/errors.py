@@ -97,6 +97,10 @@ class TrainingError(RetroExitError, RuntimeError):
     """Training cannot start or continue."""
 
 
+class QueueFull(RetroExitError, RuntimeError):
+    """A scheduler has no room for another request."""
+
+
 class PluginError(RetroExitError, RuntimeError):
     """A plug-in is broken, or two plug-ins claim one name."""
 

@@ -220,7 +220,7 @@ class EarlyExitGenerator(nn.Module):
         """
 
         def join(parts: list[tuple[Tensor, Any]], count: int) -> Any:
-            return merge(parts, count, self.split.output_rows or {self.split.decoder.image_path: 1})
+            return merge(parts, count, self.split.output_rows)
 
         return Session(self.routed, join, threshold=threshold, **options)
 

@@ -1,6 +1,7 @@
 """Measuring every exit against the backbone."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from toys import Distance
 import retroexit
 from retroexit.core.modules import count_macs
 from retroexit.core.samples import ImageRange, Samples
-from retroexit.errors import OptionError, OutputError
+from retroexit.errors import MissingExtraError, OptionError, OutputError
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation, fidelity_rows
 from retroexit.measuring import Measurement
@@ -192,6 +193,12 @@ def test_references_that_do_not_fit_are_refused_before_anything_is_measured(mode
     monkeypatch.setattr(Measurement, "losses", lambda *_: pytest.fail("measured"))
     with pytest.raises(OptionError, match=message):
         retroexit.evaluate(model, INPUTS, references=references, metric=Distance(), progress=False)
+
+
+def test_references_without_torchmetrics_are_answered_with_the_pip_line(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
+    with pytest.raises(MissingExtraError, match=r"references need torchmetrics: pip install 'retroexit\[metrics\]'"):
+        retroexit.evaluate(model, INPUTS, references=REFERENCES, metric=Distance(), progress=False)
 
 
 def test_a_model_that_was_never_fitted_can_be_measured(tmp_path):

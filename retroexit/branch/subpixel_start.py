@@ -70,6 +70,7 @@ def solve_subpixel(
     for number, level in enumerate(cast("Iterable[Any]", branch.levels)):
         size = tuple(s * factor for s, factor in zip(x.shape[2:], level.factors, strict=True))
         targets = [y for y in (_on_grid(m, size, branch.sizes.causal) for m in maps) if y is not None]
+        targets = targets or [y for y in (_folded(m, size) for m in maps or [image]) if y is not None]
         solved += [f"levels.{number}"] * bool(targets)
         x = solver.solve_level(level, x, samples[1:], targets) if targets else level(x, samples[1:])
     size = tuple(s * factor for s, factor in zip(x.shape[2:], branch.sizes.last, strict=True))
@@ -113,6 +114,13 @@ def _on_grid(x: Tensor, size: tuple[int, ...], is_causal: bool) -> Tensor | None
     if all(0 <= m <= 1 for m in missing):  # an odd size
         return functional.pad(x, [p for m in reversed(missing) for p in (0, m)], mode="replicate")
     return None
+
+
+def _folded(x: Tensor, size: tuple[int, ...]) -> Tensor | None:
+    """Return a map that is finer by whole factors on the grid of this size, with more channels."""
+    if any(have % s for have, s in zip(x.shape[2:], size, strict=True)):
+        return None
+    return pixel_unshuffle(x, tuple(have // s for have, s in zip(x.shape[2:], size, strict=True)))
 
 
 class LayerSolver:

@@ -20,7 +20,7 @@ from retroexit.metrics.weights import hub_file, hub_path
 from retroexit.plugins.host import host
 from retroexit.report.text_tables import table
 
-_COMBINED = ("all", "demo", "dev", "test", "zoo")  # made of other extras, or not for users
+_COMBINED = ("all", "demo", "dev", "docs", "test", "zoo")  # made of other extras, or not for users
 
 
 @dataclasses.dataclass(frozen=True)

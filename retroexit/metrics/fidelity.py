@@ -30,14 +30,14 @@ class References:
         except ImportError as error:
             raise MissingExtraError("references need torchmetrics: pip install 'retroexit[metrics]'") from error
         self._psnr, self._ssim = peak_signal_noise_ratio, structural_similarity_index_measure
-        is_sequence = hasattr(items, "__len__") and hasattr(items, "__getitem__")
-        self.items: Any = items if is_sequence else list(items)
+        self.items: Sequence[Any] = items if isinstance(items, Sequence | Tensor) else list(items)  # type: ignore[assignment]
         if len(self.items) != count:
             raise OptionError(
                 f"references must be one image for each of {count} samples, got {len(self.items)}. Pass them in the "
                 "order of the inputs."
             )
-        self._shape, self._low, self._high = (0,), float("inf"), -float("inf")
+        self._shape: tuple[int, ...] = ()
+        self._low, self._high = float("inf"), -float("inf")
         for number in range(count):
             self._add(number, self.items[number])
 

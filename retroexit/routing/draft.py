@@ -42,7 +42,7 @@ class Draft:
         self, split: SplitGenerator, branches: nn.ModuleList, guide: GuideProvider, begun: Begun, choice: Choice
     ) -> None:
         self._split, self._branches, self.exits = split, branches, choice.exits
-        self._weights = WeightSnapshot(split.generator)
+        self._weights, self._draws = WeightSnapshot(split.generator), split.decoder.recording.draws
         device = begun.feature.device.type
         self._autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self._held: list[tuple[Group, Any, list[Tensor]]] | None = []  # with output and states before the branch
@@ -102,12 +102,10 @@ class Draft:
             return output if everyone else self._pick(output, chosen)
         split, values, guide = self._split, group.values, group.guide
         if not everyone and split.mixes and (guide is None or split.rows_per_sample == 1):
-            some = split.select(values, chosen)
+            some, guides = cloned(split.select(values, chosen)), None if guide is None else guide[chosen]
             with self._as_drafted(states):
-                result = render_from(
-                    split, self._branches, exit, group.cut, cloned(some), None if guide is None else guide[chosen]
-                )
-                if all(map(torch.equal, states, random_states(split.generator))):
+                result = render_from(split, self._branches, exit, group.cut, some, guides)
+                if not self._draws or all(map(torch.equal, states, random_states(split.generator))):
                     return result
         with self._as_drafted(states):  # draws of a smaller batch would be others
             result = render_from(split, self._branches, exit, group.cut, cloned(values), guide)
@@ -117,9 +115,9 @@ class Draft:
     def _as_drafted(self, states: list[Tensor]) -> Iterator[None]:
         """Run with the random numbers and the autocast of the draft; leave the process's numbers alone."""
         device, dtype, enabled = self._autocast
-        draws, devices = self._split.decoder.recording.draws, self._split.cuda_devices
-        with torch.random.fork_rng(devices, enabled=draws), torch.autocast(device, dtype, enabled=enabled):
-            if draws:
+        devices = self._split.cuda_devices
+        with torch.random.fork_rng(devices, enabled=self._draws), torch.autocast(device, dtype, enabled=enabled):
+            if self._draws:
                 torch.set_rng_state(states[0])
                 for number, state in zip(devices, states[1:], strict=True):
                     torch.cuda.set_rng_state(state, number)
@@ -156,7 +154,10 @@ class Draft:
 
 def row_numbers(rows: Tensor | Sequence[int] | None, count: int) -> Tensor:
     """Check numbers of samples, all by default; returns them as int64."""
-    numbers = torch.as_tensor(range(count) if rows is None else rows)
+    try:
+        numbers = torch.as_tensor(range(count) if rows is None else rows)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = torch.zeros(0)
     is_whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
     if numbers.dim() != 1 or not numbers.numel() or not is_whole or not 0 <= numbers.min() <= numbers.max() < count:
         raise OptionError(

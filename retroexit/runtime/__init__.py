@@ -2,5 +2,6 @@
 
 from retroexit.runtime.bundle import Bundle, BundleError, load_bundle
 from retroexit.runtime.export import export
+from retroexit.runtime.scheduler import Rendered, Scheduler
 
-__all__ = ["Bundle", "BundleError", "export", "load_bundle"]
+__all__ = ["Bundle", "BundleError", "Rendered", "Scheduler", "export", "load_bundle"]

@@ -127,6 +127,15 @@ def _torch_runner(
     return run
 
 
+@dataclass
+class Begun:
+    """A call that has run to the first cut."""
+
+    values: Values  # by name, with the guides
+    exits: Array  # (N,) from 1
+    draw: _Draws
+
+
 class Bundle:
     """An exported generator with early exits. Made by `load_bundle`.
 
@@ -181,45 +190,76 @@ class Bundle:
         Raises:
             BundleError: If inputs or options do not fit.
         """
-        values = self._bind(inputs, kwargs)
-        count = self._count(values)
-        draw = _Draws(seed, draws or {}, count)
-        self._check_options(exit, threshold, budget, draws or {}, count)
-        everyone = np.arange(count)
-        for name in self._route[0]:
-            values |= self._call(name, values, everyone, draw)
-        exits = np.full(count, exit or self.exits)
-        nearest = None
-        if threshold is not None or budget is not None:
-            exits, nearest = self._choose(values, threshold, budget, draw)
-        early = np.flatnonzero(exits < self.exits)
-        guides = self._guides(values, early, nearest, draw)
-        parts, rows = [], everyone
+        begun = self.begin(inputs, kwargs, exit, threshold, budget, seed, draws)
+        values, exits, rows, parts = begun.values, begun.exits, np.arange(len(begun.exits)), []
         for index in range(self.exits):
             if index:
-                for name in self._route[index]:
-                    values |= self._call(name, values, rows, draw)
+                values = self._advance(values, index, rows, begun.draw)
             leaves = exits[rows] == index + 1
             if index + 1 == self.exits:
                 parts.append((rows, values["image"]))
             elif leaves.any():
                 part = self._select(values, leaves)
-                if guides is not None:
-                    part["guide"] = guides[np.searchsorted(early, rows[leaves])]
-                parts.append((rows[leaves], self._call(f"branch_{index + 1}", part, rows[leaves], draw)["image"]))
+                parts.append((rows[leaves], self._leave(part, index + 1, rows[leaves], begun.draw)))
                 if leaves.all():
                     break
                 values, rows = self._select(values, ~leaves), rows[~leaves]
-        return self._merge(parts, count), exits
+        return self._merge(parts, len(exits)), exits
+
+    def begin(
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        exit: int | Array | None = None,
+        threshold: Any = None,
+        budget: Any = None,
+        seed: int | None = None,
+        draws: Values | None = None,
+    ) -> Begun:
+        """Run to the first cut and choose exits; see `run`. `finish` renders what is returned.
+
+        ``exit`` may be an array ``(N,)``, 0 for the samples whose exit a threshold chooses.
+        """
+        values = self._bind(tuple(args), kwargs)
+        count = self._count(values)
+        draw, everyone = _Draws(seed, draws or {}, count), np.arange(count)
+        self._check_options(None if isinstance(exit, np.ndarray) else exit, threshold, budget, draws or {}, count)
+        values = self._advance(values, 0, everyone, draw)
+        exits, nearest = np.full(count, self.exits if exit is None else exit), None
+        if threshold is not None or budget is not None:
+            chosen, nearest = self._choose(values, threshold, budget, draw)
+            exits = chosen if exit is None else np.where(exits > 0, exits, chosen)
+        if self.manifest["bank"] is not None and (exits < self.exits).any():
+            early = np.flatnonzero(exits < self.exits)
+            guides = self._guides(values, early, nearest, draw)
+            values["guide"] = np.zeros((count, *guides.shape[1:]), guides.dtype)
+            values["guide"][early] = guides
+        return Begun(values, exits, draw)
+
+    def finish(self, values: Values, exit: int) -> Array:
+        """Render samples at the first cut, from one call or several of `begin`, at one exit."""
+        count = self._count(values)
+        draw, rows = _Draws(None, {}, count), np.arange(count)
+        for index in range(1, min(exit, self.exits - 1)):
+            values = self._advance(values, index, rows, draw)
+        if exit == self.exits:
+            return self._advance(values, exit - 1, rows, draw)["image"]
+        return self._leave(values, exit, rows, draw)
+
+    def _advance(self, values: Values, index: int, rows: Array, draw: _Draws) -> Values:
+        for name in self._route[index]:
+            values = values | self._call(name, values, rows, draw)
+        return values
+
+    def _leave(self, values: Values, exit: int, rows: Array, draw: _Draws) -> Array:
+        return self._call(f"branch_{exit}", values, rows, draw)["image"]
 
     def predict(self, *inputs: Any, seed: int | None = None, **kwargs: Any) -> Array:
         """Predict the loss of every branch exit, ``(N, K)``; infinite for samples out of distribution."""
         values = self._bind(inputs, kwargs)
         count = self._count(values)
         draw = _Draws(seed, {}, count)
-        for name in self._route[0]:
-            values |= self._call(name, values, np.arange(count), draw)
-        return self._losses(values, draw)[0]
+        return self._losses(self._advance(values, 0, np.arange(count), draw), draw)[0]
 
     # Inputs.
 

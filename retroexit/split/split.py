@@ -109,6 +109,9 @@ class SplitGenerator:
         self.writes, self._is_exact = False, False
         self._prepare()
         self.any_batch = self._probe_batch()
+        if not self.any_batch:
+            leaves = [(path, x) for path, x in flatten(decoder.recording.output) if isinstance(x, Tensor) and x.dim()]
+            self.output_rows = {path: 1 if len(x) == self.batch else None for path, x in leaves}
         self.divides = self.any_batch and self.divides
         decoder.recording.snapshot.drop_changed()
 

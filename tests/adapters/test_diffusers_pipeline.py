@@ -44,7 +44,7 @@ def wrap(decoder):
 
 
 def draw(pipe, count=2, **options):
-    options |= {"num_inference_steps": 2, "height": SIDE, "width": SIDE, "output_type": "np"}
+    options = {"num_inference_steps": 2, "height": SIDE, "width": SIDE, "output_type": "np"} | options
     noise = torch.Generator().manual_seed(1)
     images = pipe("a street", num_images_per_prompt=count, generator=noise, **options).images
     return torch.from_numpy(numpy.asarray(images))
@@ -101,6 +101,21 @@ def test_every_exit_runs_its_stages_and_the_last_is_the_decoder_itself(pipe, mod
         assert decoder.counts == {choice or 3: 4}
     hook.remove()
     assert torch.equal(draw(pipe), images)
+
+
+def test_previews_of_a_pipeline_are_finished_to_its_images(pipe, model):
+    images = draw(pipe, 3)
+    with early_exits(pipe, model, exit=1):
+        early = draw(pipe, 3)
+        latents = draw(pipe, 3, output_type="latent") / pipe.vae.config.scaling_factor
+        with torch.no_grad(), retroexit.draft(pipe, latents, exit=1) as draft:
+            parts = {"preview": (draft.image, early), "all": (draft.finish(), images)}
+            chosen = draft.finish([2])
+    for made, expected in parts.values():
+        shown = torch.from_numpy(pipe.image_processor.postprocess(made, output_type="np"))
+        assert torch.equal(shown, expected)
+    shown = torch.from_numpy(pipe.image_processor.postprocess(chosen, output_type="np"))
+    torch.testing.assert_close(shown, images[2:], rtol=0, atol=1e-5)
 
 
 def test_a_batch_whose_images_leave_at_different_exits_keeps_its_order(pipe, model):

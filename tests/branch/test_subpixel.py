@@ -308,6 +308,19 @@ def test_a_fit_starts_in_closed_form_and_reduces_the_loss(tmp_path):
     assert loss() < 0.9 * started < 0.9 * 0.7 * fresh
 
 
+def test_the_start_uses_finer_maps_where_the_backbone_has_none_on_the_grid():
+    generator, samples = upsampler(), torch.rand(16, 4, 8, 8)
+    model = wrapped(
+        generator, samples[:2], attach_at=["blocks.1"], macs=0.7
+    )  # only the block at twice its grid is left
+
+    with torch.no_grad():
+        feature, stages = model.features(samples)[0], ["blocks.2"]
+        result = model.branches[0].start(model.split.tail(0, share=True), stages, [feature], None, seed=0)
+    assert result.layers == ("levels.0", "last")
+    assert result.after < 0.1 * result.before
+
+
 def test_a_pilot_decides_what_auto_leaves_open_and_a_resumed_fit_reads_it(tmp_path):
     generator, samples = upsampler(), list(torch.rand(12, 4, 8, 8))
     options = {"branch": "auto", "macs": None, "scale": 0.5, "min_channels": 4}

@@ -18,7 +18,7 @@ from retroexit.metrics import QualityMetric
 from retroexit.plugins import Description, PluginInfo, hookimpl, hookspecs
 from retroexit.retrieval import Retriever
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs/plugins.md"
 SAMPLES = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 QUICK = {"steps": 2, "batch": 2, "predictor_steps": 2, "progress": False}
 
@@ -191,15 +191,15 @@ def test_hook_retroexit_commands(offering, installed, capsys):
     assert re.search(r"^retroexit_commands +mine +greet$", shown["plugins"], re.MULTILINE)
 
 
-def test_every_hook_has_a_test_a_documented_signature_and_a_row_in_the_readme():
+def test_every_hook_has_a_test_a_documented_signature_and_a_row_in_the_documentation():
     hooks = hookspecs.HOOKS
-    readme = README.read_text()
+    page = PAGE.read_text()
     for hook in hooks:
         assert f"test_hook_{hook}" in globals()
         doc = getattr(hookspecs, hook).__doc__
         assert doc.splitlines()[0].endswith(".")
         assert "Returns:" in doc
-        assert f"| `{hook}(" in readme
+        assert f"| `{hook}(" in page
 
 
 # What more than one plug-in says.

@@ -24,8 +24,23 @@ class Steered(Chain):
         return torch.tanh(self.rgb(h))
 
 
+class Noisy(Chain):
+    """Draws once, before its stages, as OASIS does."""
+
+    def forward(self, x):
+        return super().forward(x + torch.randn(x.shape[0], 1, 1, 1))
+
+
+class Counted(Chain):
+    """Reads the size of its batch as a number, which fixes it."""
+
+    def forward(self, x):
+        return super().forward(x + torch.linspace(0, 1, len(x)).view(-1, 1, 1, 1))
+
+
+OWN = {"steered": Steered, "noise_first": Noisy, "fixed_batch": Counted}
 NAMES = ["keyword_inputs_only", "noise_inside", "in_place_at_the_start", "list_input_with_unet_skips"]
-NAMES += ["dataclass_output", "attention_by_pytorch", "steered"]
+NAMES += ["dataclass_output", "attention_by_pytorch", *OWN]
 
 
 def _wrap(toy, **options):
@@ -35,13 +50,17 @@ def _wrap(toy, **options):
 
 @pytest.fixture(params=NAMES)
 def toy(request, toys) -> Toy:
-    if request.param == "steered":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            made = chain(kind=Steered)
-        made.generator.eval()
-        return made
-    return toys.TOYS[request.param]()
+    return _make(request.param, toys)
+
+
+def _make(name, toys):
+    if name not in OWN:
+        return toys.TOYS[name]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        made = chain(kind=OWN[name])
+    made.generator.eval()
+    return made
 
 
 def _drawn(call, *args, **kwargs):
@@ -74,6 +93,14 @@ def test_a_draft_is_the_early_exit_and_finishes_as_the_backbone(toy, copied):
             _assert_equal(draft.finish(rows), backbone, rows, atol=1e-5)
             _assert_equal(draft.finish(rows, exit=2), second, rows, atol=1e-5)
         assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("name", "share"), [("dict_output", 2), ("noise_first", 2), ("noise_inside", 2 / 3)])
+def test_some_samples_cost_their_share_unless_draws_belong_to_all(toys, name, share):
+    toy = _make(name, toys)
+    draft = _wrap(toy).draft(*toy.args, exit=1)
+    torch.rand(1)  # numbers of others do not matter
+    assert count_macs(draft.finish) == pytest.approx(share * count_macs(lambda: draft.finish([1])))
 
 
 def test_gradients_and_autocast_are_those_of_the_call(toys):
@@ -123,6 +150,7 @@ def test_no_stage_runs_twice_and_both_cost_what_backbone_and_branch_cost(routed,
         stage.calls = 0
     drafts = []
     early = count_macs(lambda: drafts.append(model.draft(*inputs, **options)))
+    torch.rand(1)  # numbers of others do not matter
     rest = count_macs(drafts[0].finish)
     if "exit" in options:
         assert [stage.calls for stage in model.generator.stages] == [1, 1, 1, 1]
@@ -184,6 +212,7 @@ def test_a_draft_of_a_generator_that_has_changed_is_refused(routed, change, erro
         ([], None, r"got \[\]"),
         ([0.5], None, r"got \[0.5\]"),
         (1, None, "got 1"),
+        ("first", None, "got first"),
         (torch.tensor([True, False]), None, "from 0 to 1, got tensor"),
         (None, 5, "exit must be an integer from 1 to 4, the backbone, got 5"),
     ],
