@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import platform
 import shlex
 import sys
 import warnings
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import torch
 import typer
 from typer import Option
 
@@ -20,6 +22,7 @@ from retroexit.cli.evaluate import calibrate, evaluate, report
 from retroexit.cli.export import export
 from retroexit.cli.fit import fit
 from retroexit.cli.inspect import inspect as inspect_command
+from retroexit.core.files import __version__
 from retroexit.demo import run as demo_run
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.plugins.host import host
@@ -103,8 +106,21 @@ def _empty_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,  # keeps an example on one line
     )
-    app.callback(help="Early exits for any trained image decoder.")(lambda: None)
+    app.callback(help="Early exits for any trained image decoder.")(_main)
     return app
+
+
+def _show_version(is_shown: bool) -> None:
+    if is_shown:
+        typer.echo(f"retroexit {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+def _main(
+    version: Annotated[
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Show the versions and exit.")
+    ] = False,
+) -> None: ...
 
 
 def _add(app: typer.Typer, name: str, command: Callable[..., Any]) -> None:
@@ -113,7 +129,8 @@ def _add(app: typer.Typer, name: str, command: Callable[..., Any]) -> None:
         return
     text, _, example = inspect.cleandoc(command.__doc__ or "").partition("\n\nExample:\n")
     lines = " \n".join(line.strip() for line in example.strip().splitlines())
-    app.command(name, help=text, epilog=f"\b\nExample: {lines}" if lines else None)(command)
+    kind = getattr(command, "command_class", None)
+    app.command(name, cls=kind, help=text, epilog=f"\b\nExample: {lines}" if lines else None)(command)
 
 
 def _show_warning(message: Any, category: Any, *_: Any, **__: Any) -> None:

@@ -87,6 +87,7 @@ def build(
             for name, made in stream_banks(model, streamed, names, make, skip=existing, **settings):
                 _save(made, out / name)
     shutil.rmtree(scratch, ignore_errors=True)
+    options.next_step(f"retroexit fit {target} --inputs {inputs} --guidance --bank {out} --out runs/mine")
 
 
 @bank.command(epilog=f"{_EXAMPLE} info runs/decoder/bank-*")
@@ -94,6 +95,7 @@ def info(folder: Annotated[Path, Argument(help="Folder of a bank: what build wro
     """Check a bank's files, and show what it holds, what it was made from and how well its keys cover the inputs."""
     retriever_class = host().retriever(GuidanceBank.retriever_name(folder))
     typer.echo(_facts(GuidanceBank.load(folder, retriever_class=retriever_class)))
+    options.next_step(f"retroexit fit mymodels:decoder --inputs mydata:train --guidance --bank {folder} --out runs/new")
 
 
 def _save(made: GuidanceBank, out: Path) -> None:

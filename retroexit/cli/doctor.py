@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 import typer
 
+from retroexit.cli import options
 from retroexit.errors import WeightsError
 from retroexit.metrics.weights import hub_file, hub_path
 from retroexit.plugins.host import host
@@ -44,7 +45,9 @@ def doctor() -> None:
         hint = f"\n      {check.hint}" if check.hint else ""
         typer.echo(f"{check.status:4}  {check.name}: {check.detail}{hint}")
     if any(check.status == "fail" for check in checks):
+        options.next_step("mend what failed by the lines below it, then retroexit doctor")
         raise typer.Exit(1)
+    options.next_step("retroexit demo, or retroexit inspect mymodels:decoder --shape 1,32,16,32")
 
 
 def plugins() -> None:
@@ -61,6 +64,7 @@ def plugins() -> None:
     problems = [f"{plugin}: {plugin.error}" for plugin in installed if plugin.error is not None]
     if problems:
         typer.echo("\n" + "\n".join(problems))
+    options.next_step("retroexit fit --help-all, for the options that take these names")
 
 
 def diagnose() -> list[Check]:

@@ -1,5 +1,6 @@
 """Commands for a fitted model: ``calibrate``, ``evaluate`` and ``report``."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,12 @@ class Fitted:
     adapter: options.Adapter = None
     weights: options.Weights = None
     threshold: options.Thresholds = None
+
+    @property
+    def words(self) -> str:
+        """The arguments that every command for this model takes."""
+        made = f" --args {shlex.quote(self.factory_arguments)}" if self.factory_arguments else ""
+        return f"{shlex.quote(self.target)} {shlex.quote(str(self.folder))}{made}"
 
     def load(self) -> tuple[EarlyExitGenerator, Any, list[float]]:
         """Return the model, the samples and the thresholds to print."""
@@ -83,6 +90,7 @@ def calibrate(
     for text in routing_results(model):
         typer.echo(text)
     typer.echo(f"saved to {fitted.folder}")
+    options.next_step(f"retroexit evaluate {fitted.words} --inputs mydata:test")
 
 
 @options.grouped
@@ -120,6 +128,10 @@ def evaluate(
             typer.echo(f"the promise is void: {reason}")
     typer.echo(f"out-of-distribution guard: {result.about['ood_guard']}")
     typer.echo(f"report: {place / 'report.html'}")
+    if promise is None:
+        options.next_step(f"retroexit calibrate {fitted.words} --inputs mydata:calibration, for a promise")
+    else:
+        options.next_step(f"retroexit export {fitted.words} exported --inputs mydata:test, or model(x, threshold=...)")
 
 
 def report(
@@ -151,6 +163,7 @@ def report(
         calibration=None if model is None else read_calibration(model[0], model[1].get("calibration_sha256")),
     )
     typer.echo(f"report: {page}\nnumbers: {page.with_name('summary.json')}")
+    options.next_step(f"open {page} in a browser")
 
 
 def routing_results(model: EarlyExitGenerator) -> Iterator[str]:

@@ -41,3 +41,4 @@ def export(
     retroexit.export(model, out, kind)
     megabytes = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     typer.echo(f"{len(model.exits)} exits, {megabytes:.1f} MB: {out}")
+    options.next_step(f"retroexit.load_bundle({str(out)!r}).run(x, exit=1), in Python")

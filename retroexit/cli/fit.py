@@ -1,12 +1,13 @@
 """``retroexit fit``: add early exits to a generator and train them."""
 
 import importlib.util
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from torch import nn
@@ -39,7 +40,7 @@ Exits: Any = options.group_of(
     scale=Annotated[str | None, Option(help="Width factor of the branches: 1/15, or one per exit.")],
     branch=Annotated[
         str | None,
-        Option(help="Kind of branch: copy (the default with --scale), subpixel, auto, or one per exit: copy,subpixel."),
+        Option(help="Kind of branch: copy (the default with --scale), subpixel, stitch or auto; or one per exit."),
     ],
     macs=Annotated[str | None, Option(help="Cost of routes with sub-pixel branches, as shares: 0.1, or one per exit.")],
     min_channels="No width is scaled below this.",
@@ -87,6 +88,16 @@ Measures: Any = options.group_of(retroexit.fit, "metric", "alpha", "confidence",
 Devices: Any = options.group_of(retroexit.fit, "devices", "nodes")
 
 
+FIRST_PAGE: Final = {
+    "What": ("target", "inputs", "out", "factory_arguments", "config", "dry_run", "help", "help_all"),
+    "Exits": ("attach_at", "scale", "branch", "macs", "min_channels", "guidance", "image_range"),
+    "Training": ("losses", "steps", "batch", "crop", "lr", "seed", "accelerator"),
+    "Quality": ("metric", "weights", "calibrate", "alpha"),
+}
+"""Options that ``retroexit fit --help`` shows, by group."""
+
+
+@options.paged(FIRST_PAGE)
 @options.grouped
 def fit(
     target: options.Target,
@@ -105,6 +116,7 @@ def fit(
         str | None, Option(help="cpu, cuda or auto; by default where the factory puts the generator.")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Show work and cost; train nothing.")] = False,
+    help_all: options.HelpAll = False,
 ) -> None:
     """Add early exits to a generator: bank, branches, predictor. Can be interrupted and resumed.
 
@@ -130,6 +142,7 @@ def fit(
         check_devices(**vars(devices), batch=training.batch)
         for text in _plan(model, samples, out, arguments, losses):
             say(text)
+        say("next: the same command without --dry-run")
         return
     with options.resumable():
         retroexit.fit(model, samples, out, **arguments)
@@ -138,6 +151,8 @@ def fit(
     error = model.about["predictor_error"]
     note = "; no input was held out" if error is None else f"; predictor error on held-out inputs {error:.4f}"
     say(f"saved to {out}{note}")
+    made = f" --args {shlex.quote(factory_arguments)}" if factory_arguments else ""
+    say(f"next: retroexit evaluate {shlex.quote(target)} {shlex.quote(str(out))}{made} --inputs mydata:test")
 
 
 def _wrap_arguments(exits: Any, retriever: str) -> dict[str, Any]:

@@ -54,7 +54,6 @@ def inspect(
     if inputs is not None:
         checked = f"thop   {cross_check(generator, decoder.recording.macs, *inputs)}"
         typer.echo(textwrap.fill(checked, 100, subsequent_indent=" " * 7))
-    typer.echo(_next_steps(decoder, target, factory_arguments, key))
     if picture is not None:
         unit, scale = unit_of(decoder.recording.macs)
         total = f"{decoder.recording.macs / scale:.3f} {unit}"
@@ -65,19 +64,20 @@ def inspect(
         with replacing(facts) as file:
             file.write((json.dumps(decoder_facts(decoder), indent=1) + "\n").encode())
         typer.echo(f"facts: {facts}")
+    typer.echo(_next_steps(decoder, target, factory_arguments, key))
 
 
 def _next_steps(decoder: Decoder, target: str, arguments: str, image: Any) -> str:
     """Lines to copy that wrap or fit the generator at the suggested attach points."""
     places = [stage.index for stage in decoder.stages if stage.is_suggested]
     if not places:
-        return "\nOne stage alone has no place for an exit: a branch needs a stage after it."
+        return "\nOne stage alone has no place for an exit.\nnext: inspect a module with a stage after it"
     keywords, options = "", ""
     if image is not None:
         keywords, options = f", image={image!r}", f" --image {shlex.quote(str(image))}"
     made = f" --args {shlex.quote(arguments)}" if arguments else ""
     return (
         f"\nto go on, with exits at the starred stages:\n  model = retroexit.wrap(generator{keywords})\n"
-        f"  retroexit fit {shlex.quote(target)}{made} --inputs mydata:train{options} --out runs/mine\n"
-        f"or, with thin copies of the stages behind them, add attach_at={places}, scale=1 / 4."
+        f"or, with thin copies of the stages behind them, add attach_at={places}, scale=1 / 4.\n"
+        f"next: retroexit fit {shlex.quote(target)}{made} --inputs mydata:train{options} --out runs/mine"
     )

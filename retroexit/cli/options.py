@@ -12,11 +12,14 @@ from typing import Annotated, Any, Final, get_args, get_type_hints
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperCommand
 
 from retroexit.core.files import reading
 from retroexit.errors import OptionError, closest
 
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
+
+_ALL: Final = "retroexit.all_options"
 
 Target = Annotated[str, Argument(help=TARGET)]
 FactoryArguments = Annotated[
@@ -107,6 +110,44 @@ def parse_pairs(option: str, texts: Sequence[str] | None, form: str) -> dict[str
     return pairs
 
 
+def paged(pages: Mapping[str, Sequence[str]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Show the options of a command in groups, by title and name, and the others with ``--help-all`` alone."""
+
+    class Paged(TyperCommand):
+        def format_options(self, ctx: Any, formatter: Any) -> None:
+            params = self.get_params(ctx)
+            records = {str(param.name): param.get_help_record(ctx) for param in params}
+            named = {name for names in pages.values() for name in names}
+            rest = [str(param.name) for param in params if param.name not in named]
+            for title, names in (pages | {"More options": rest} if ctx.meta.get(_ALL) else pages).items():
+                with formatter.section(title):
+                    formatter.write_dl([records[name] for name in names])
+            if not ctx.meta.get(_ALL):
+                formatter.write_paragraph()
+                formatter.write_text(
+                    f"{len(rest)} more options: --help-all. All of them can stand in the file of --config; "
+                    "docs/configuration.md describes each."
+                )
+
+    def mark(command: Callable[..., None]) -> Callable[..., None]:
+        command.command_class = Paged  # type: ignore[attr-defined]
+        return command
+
+    return mark
+
+
+def _show_all(context: typer.Context, is_shown: bool) -> None:
+    if is_shown:
+        context.meta[_ALL] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+def next_step(text: str) -> None:
+    """Print what to type next."""
+    typer.echo(f"next: {text}")
+
+
 @contextmanager
 def resumable() -> Iterator[None]:
     """End an interrupted command with one line that says how to continue."""
@@ -149,4 +190,8 @@ Config = Annotated[
         is_eager=True,
         help="TOML file with these options by name; options of the command line replace its values.",
     ),
+]
+
+HelpAll = Annotated[
+    bool, Option("--help-all", callback=_show_all, is_eager=True, help="Show all options and exit.", show_default=False)
 ]

@@ -59,6 +59,11 @@ class Scheduler:
         clock: Returns seconds; for tests.
         start: Whether to start the thread; else `step` has to be called.
 
+    Attributes:
+        seconds: For every exit, the running mean of the time of a batch by its size. It may be set, to start with what
+            an earlier scheduler has measured.
+        batches: Number of batches by exit and size.
+
     Raises:
         OptionError: If an option is out of range, or the model cannot tell the samples of a batch apart.
     """
@@ -83,8 +88,8 @@ class Scheduler:
         self._clock = clock
         self._entry: deque[_Request] = deque()
         self._queues: list[deque[_Request]] = [deque() for _ in range(self._engine.exits)]
-        self._seconds: list[dict[int, float]] = [{} for _ in self._queues]  # by exit: batch size, running mean
-        self.batches: Counter[tuple[int, int]] = Counter()  # by exit and size
+        self.seconds: list[dict[int, float]] = [{} for _ in self._queues]
+        self.batches: Counter[tuple[int, int]] = Counter()
         self._changed = threading.Condition()
         self._is_open, self._running = True, 0
         self._thread = threading.Thread(target=self._work, name="retroexit-scheduler", daemon=True)
@@ -199,7 +204,7 @@ class Scheduler:
 
     def _full(self, number: int) -> int:
         """Size of a full batch at an exit: not tried yet, or the smallest that is about as fast per sample as any."""
-        times = self._seconds[number]
+        times = self.seconds[number]
         sizes = [2**i for i in range(self.max_batch.bit_length()) if 2**i < self.max_batch] + [self.max_batch]
         untried = [size for size in sizes if size not in times]
         if untried:
@@ -274,7 +279,7 @@ class Scheduler:
         begin = self._clock()
         images = self._engine.finish([request.state for request in requests], exit)
         taken, size = self._clock() - begin, len(requests)
-        times = self._seconds[exit - 1]
+        times = self.seconds[exit - 1]
         times[size] = taken if size not in times else (1 - _WEIGHT) * times[size] + _WEIGHT * taken
         self.batches[exit, size] += 1
         for request, image in zip(requests, images, strict=True):

@@ -109,6 +109,7 @@ class Result:
     status: int
     out: str
     err: str
+    next: str = ""  # the last line of the output, which says what to type next
 
     def fails_with(self, message):
         """Check that the command ended with one line, a pattern in it, and status 1."""
@@ -137,9 +138,11 @@ class Runner:
         except SystemExit as end:
             status = end.code or 0
         printed = self.capsys.readouterr()
+        lines = printed.out.splitlines(keepends=True)
+        following = lines.pop() if lines and lines[-1].startswith("next: ") else ""
         if isinstance(status, str):  # as the interpreter does
-            return Result(1, printed.out, printed.err + status + "\n")
-        return Result(status, printed.out, printed.err)
+            return Result(1, "".join(lines), printed.err + status + "\n", following)
+        return Result(status, "".join(lines), printed.err, following)
 
     def fit(self, *words, target="toy.py:decoder", **options):
         pairs = [(f"--{name.replace('_', '-')}", value) for name, value in (FIT | options).items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import sys
@@ -30,6 +31,47 @@ def test_every_command_shows_one_example_that_it_understands(run):
         assert words[:2] == ["retroexit", command]
         for option in (word for word in words if word.startswith("--")):
             assert re.search(rf"^\s*{option}\b", shown, re.MULTILINE), option
+
+
+def test_the_version_is_shown(run):
+    assert run("--version").succeeds().startswith(f"retroexit {retroexit.__version__}, torch ")
+
+
+def test_the_help_of_fit_has_few_options_in_groups_and_all_on_request(run):
+    first, everything = run("fit", "--help").succeeds(), run("fit", "--help-all").succeeds()
+    options = [set(re.findall(r"^ +(--[\w-]+)", text, re.MULTILINE)) for text in (first, everything)]
+    assert len(options[0]) <= 25
+    assert options[0] < options[1]
+    assert re.findall(r"^(\w+):$", first, re.MULTILINE) == ["What", "Exits", "Training", "Quality"]
+    assert "more options: --help-all" in first and "more options" not in everything
+
+
+def test_the_page_of_the_configuration_has_every_option_of_fit(run):
+    spec = importlib.util.spec_from_file_location("options_page", ROOT / "docs/options.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = script.PAGE.read_text()
+    assert text == script.page(text), "run: python docs/options.py"
+    options = set(re.findall(r"^ +--([\w-]+)", run("fit", "--help-all").succeeds(), re.MULTILINE))
+    keys = set(re.findall(r"^\| `([\w-]+)` ", text, re.MULTILINE))
+    assert options - keys == {"config", "dry-run", "help", "help-all"}
+
+
+def test_commands_end_with_what_to_type_next(run):
+    fitted = ("toy.py:decoder", "run", "--inputs", "toy.py:others")
+    assert run.fit().next == "next: retroexit evaluate toy.py:decoder run --inputs mydata:test\n"
+    calls = {
+        "retroexit calibrate toy.py:decoder run --inputs mydata:calibration": ("evaluate", *fitted),
+        "open run/report/report.html": ("report", "run"),
+        "retroexit evaluate toy.py:decoder run": ("calibrate", *fitted, "--alpha", "0.4", "--confidence", "0.5"),
+        "retroexit export toy.py:decoder run": ("evaluate", *fitted),
+        "retroexit fit toy.py:with_inputs": ("inspect", "toy.py:with_inputs"),
+        "retroexit fit --help-all": ("plugins",),
+    }
+    for line, words in calls.items():
+        result = run(*words)
+        result.succeeds()
+        assert result.next.startswith(f"next: {line}"), words
 
 
 def test_without_a_command_the_help_is_shown(run):
@@ -133,7 +175,7 @@ def test_warnings_of_ours_are_one_line_and_the_handler_is_put_back(run, monkeypa
 def test_commands_in_the_documentation_can_be_read(run):
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text() for page in pages).replace("\\\n", "")  # continued lines
-    helps = {command: run(command, "--help").out for command in COMMANDS}
+    helps = {command: run(command, "--help-all" if command == "fit" else "--help").out for command in COMMANDS}
     pattern = r"`(retroexit [^`]+)`|^(?:\$ )?\s*(retroexit \S[^#\n]*)|&& (retroexit \w+)"
     named = [next(filter(None, line)) for line in re.findall(pattern, text, re.MULTILINE)]
     assert {shlex.split(line)[1] for line in named} >= set(COMMANDS)

@@ -76,7 +76,7 @@ def test_a_file_can_name_a_preset_and_tables_of_replacements(run):
 
 
 def test_every_argument_and_setting_of_a_fit_is_an_option(run):
-    shown = run("fit", "--help").out
+    shown = run("fit", "--help-all").out
     names = {*inspect.signature(retroexit.fit).parameters, *(field.name for field in fields(FitSettings))}
     names |= {*inspect.signature(wrap_options).parameters} - {"description", "sizes", "stages", "self_test", "seed"}
     for name in names - {"model", "folder", "progress", "settings"}:

@@ -82,7 +82,8 @@ def test_an_interrupted_fit_prints_how_to_continue(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(BranchTrainer, "advance", stop)
         stopped = run.fit()
-    assert (stopped.status, stopped.err) == (1, "interrupted; the same command continues where it stopped\n")
+    assert stopped.status == 1
+    assert stopped.err.endswith("\ninterrupted; the same command continues where it stopped\n")
     run.fit().succeeds()
 
 
