@@ -4,8 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_TARGETS = (0.04, 0.12, 0.3, 0.55)  # as many exits as the paper attaches to OASIS (section 4.1)
-_FEWEST = 3
+_TARGETS = (0.03, 0.09, 0.25)
 _LEAST_SAVED = 0.2  # share of the MACs that an exit must save at least, without its branch
 _NEAR = 0.03  # suggested stages differ by more than this in cumulative share
 _ROUTES = (0.3, 0.45, 0.6)  # costs of exits that skip stages of one size
@@ -87,10 +86,10 @@ def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:
 def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
     """Suggest the stages after which branches are worth trying, ascending; never the last stage.
 
-    Four targets lie at 4, 12, 30 and 55 % of the MACs from the begin of the decoder on, denser where exits save most.
+    Three targets lie at 3, 9 and 25 % of the MACs from the begin of the decoder on, denser where exits save most.
     For each one the stage nearest in cumulative share is taken; among several within a quarter of it, the one with the
-    fewest elements in live values. No two are within 3 % of each other; if fewer than three remain, the stages farthest
-    from them are added. An exit leaves at least 20 % to save; if no stage does, the one that leaves most is suggested.
+    fewest elements in live values. No two are within 3 % of each other. An exit leaves at least 20 % to save; if no
+    stage does, the one that leaves most is suggested.
     """
     possible = stages[:-1]
     worthwhile = [s for s in possible if s.saves >= _LEAST_SAVED]
@@ -98,21 +97,14 @@ def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
         return [max(possible, key=lambda s: s.saves).index] if possible else []
     start = stages[0].cumulative - stages[0].share
     chosen: list[Stage] = []
-
-    def apart(stage: Stage) -> float:
-        """Distance to the nearest chosen stage, 0 if it is too near."""
-        distance = min((abs(stage.cumulative - c.cumulative) for c in chosen), default=1.0)
-        return distance if distance > _NEAR else 0.0
-
     for share in _TARGETS:
+        free = [s for s in worthwhile if all(abs(s.cumulative - c.cumulative) > _NEAR for c in chosen)]
+        if not free:
+            break
         target = start + share * (1 - start)
-        near = [s for s in worthwhile if abs(s.cumulative - target) <= share * (1 - start) / 4]
-        nearest = min(worthwhile, key=lambda s: abs(s.cumulative - target))
-        best = min(near or [nearest], key=lambda s: (s.live_size, abs(s.cumulative - target)))
-        if apart(best):
-            chosen.append(best)
-    while len(chosen) < _FEWEST and apart(farthest := max(worthwhile, key=apart)):
-        chosen.append(farthest)
+        near = [s for s in free if abs(s.cumulative - target) <= share * (1 - start) / 4]
+        nearest = min(free, key=lambda s: abs(s.cumulative - target))
+        chosen.append(min(near or [nearest], key=lambda s: (s.live_size, abs(s.cumulative - target))))
     return sorted(s.index for s in chosen)
 
 
