@@ -3,8 +3,8 @@
     python benchmarks/overhead.py [--only latent street style upscaler] [--batches 1 8] [--compile] [--layers]
 
 The parts of a call (prefix, predictor, branch) and calls of the backbone are timed by turns in one process; given are
-medians, of CPU time with one thread. Branches are not trained: their time does not depend on it. The last column is at most 1.15 where time follows
-the MACs. ``--layers`` lists the layers of each branch that take most of its time.
+medians, of CPU time with one thread. Branches are not trained: their time does not depend on it. The last column is at
+most 1.15 where time follows the MACs. ``--layers`` lists the layers of each branch that take most of its time.
 """
 
 from __future__ import annotations
