@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument(
         "--size", type=int, default=4, help="height and width of the latents; the image has 8 times that"
     )
-    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="compile the pieces by inductor")
     parser.add_argument("--shared", help="folder with data/weights")
@@ -107,21 +107,6 @@ def main() -> None:
     if arguments.compile:
         model.compile()
     print(machine_line())
-    rows = []
-    for batch in arguments.batches:
-        rows += measure(model, samples, batch, arguments.turns)
-    cells = [
-        [
-            str(row["batch"]),
-            row["mix"],
-            f"{row['scheduler']:.0f}",
-            f"{100 * row['scheduler'] / row['ideal']:.0f} %",
-            f"{row['scheduler'] / row['one by one']:.2f}",
-            f"{row['scheduler'] / row['backbone']:.2f}",
-            f"{row['backbone'] / row['backbone one by one']:.2f}",
-        ]
-        for row in rows
-    ]
     head = [
         "batch",
         "exits",
@@ -131,7 +116,22 @@ def main() -> None:
         "x backbone in batches",
         "backbone: x one by one",
     ]
-    print(table(head, cells))
+    rows = []
+    for batch in arguments.batches:
+        rows += (fresh := measure(model, samples, batch, arguments.turns))
+        cells = [
+            [
+                str(batch),
+                row["mix"],
+                f"{row['scheduler']:.0f}",
+                f"{100 * row['scheduler'] / row['ideal']:.0f} %",
+                f"{row['scheduler'] / row['one by one']:.2f}",
+                f"{row['scheduler'] / row['backbone']:.2f}",
+                f"{row['backbone'] / row['backbone one by one']:.2f}",
+            ]
+            for row in fresh
+        ]
+        print(table(head, cells), flush=True)
     write_json(arguments.json, rows=rows, size=arguments.size)
 
 

@@ -1,6 +1,6 @@
-"""Sub-pixel branch against thin copy at equal MACs, on the decoder of taef2: loss, share of MACs, share of time.
+"""Kinds of branches at equal MACs, on the decoder of taef2: loss, share of MACs, share of time.
 
-Both are fitted in the same way and for as many steps. The time of a route is a share of the backbone's, by turns.
+All are fitted in the same way and for as many steps. The time of a route is a share of the backbone's, by turns.
 
     python benchmarks/branch_kinds.py --steps 1500 --seeds 3
 """
@@ -23,7 +23,7 @@ from retroexit.metrics import LPIPS
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.text_tables import table
 
-KINDS = ("copy", "subpixel")
+KINDS = ("copy", "subpixel", "stitch")
 
 
 def fitted(

@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,11 +33,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import retroexit
-from retroexit.evaluation.sweep import Evaluation
-from retroexit.report.text_tables import fidelity_table, sweep_table, table
+from retroexit.evaluation.sweep import Evaluation, promise_summary
+from retroexit.report.text_tables import fidelity_table, promise_table, sweep_table, table
 
-ATTACH_AT = (3, 4, 5, 6, 7, 8)
-WIDTHS = (16, 16, 16, 20, 24, 32)  # of 64 channels
+ATTACH_AT = (3, 4, 5, 7)
+MACS = (0.09, 0.12, 0.16, 0.36)  # of the decoder's, the way to the exit included
+WIDTHS = (16, 16, 16, 24)  # of thin copies, of 64 channels
 THRESHOLDS = (0.05, 0.1, 0.15)
 
 
@@ -192,8 +194,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shared", help="folder with data/weights and data/street")
     parser.add_argument("--out", type=Path, default=Path("runs/latent"))
     parser.add_argument("--attach-at", type=int, nargs="+", default=ATTACH_AT)
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="channels of each branch, of 64")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--branch", choices=("subpixel", "copy"), default="subpixel", help="kind of branches")
+    parser.add_argument("--macs", type=float, nargs="+", default=MACS, help="cost of each sub-pixel route")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="channels of each copy, of 64")
+    parser.add_argument("--mse", type=float, default=0.0, help="weight of the squared error, beside L1 and LPIPS")
+    parser.add_argument("--calibrate", type=float, default=0.25, help="share of the latents that calibrate")
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -216,11 +222,14 @@ def main() -> None:
     if arguments.test is not None:  # spread over the drives
         rows = np.linspace(0, len(test) - 1, arguments.test).round().astype(int)
         test, beside = test[rows], [beside[row] for row in rows]
+    sizes: dict[str, Any] = {"macs": arguments.macs}
+    if arguments.branch == "copy":
+        sizes = {"scale": [width / 64 for width in arguments.widths], "min_channels": min(arguments.widths)}
     model = retroexit.wrap(
         load("decoder", shared),
         attach_at=arguments.attach_at,
-        scale=[width / 64 for width in arguments.widths],
-        min_channels=min(arguments.widths),
+        branch=arguments.branch,
+        **sizes,
         init=arguments.init,
         guidance=retroexit.Guidance(order=1, size=512, thin="kmeans") if arguments.guidance else None,
         image_range=(0.0, 1.0),
@@ -239,6 +248,8 @@ def main() -> None:
         crop=arguments.crop,
         lr=arguments.lr,
         features=arguments.features,
+        losses={"l1": 1.0, "lpips": 1.0} | ({"mse": arguments.mse} if arguments.mse else {}),
+        calibrate=arguments.calibrate or None,
         seed=arguments.seed,
         bfloat16=not arguments.float32,
     )
@@ -247,6 +258,10 @@ def main() -> None:
     title = "taef2: a latent decoder with early exits"
     result = retroexit.evaluate(model, test, report, references=beside, weights=weights, title=title, command=command)
     print(summarise(result))
+    if model.calibration is not None:
+        promise = promise_summary(result, model.calibration, THRESHOLDS)
+        assert promise is not None
+        print(f"threshold as a promise, {model.calibration}:\n{promise_table(promise)}")
     (report / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(arguments).items()}, indent=1))
     print(f"report: {report / 'report.html'}")
 

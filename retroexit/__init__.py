@@ -11,6 +11,7 @@ from retroexit.core.files import __version__ as __version__
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import Guidance
+from retroexit.load import from_pretrained
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import Description, hookimpl
 from retroexit.runtime import export, load_bundle
@@ -33,6 +34,7 @@ __all__ = [
     "export",
     "find_stages",
     "fit",
+    "from_pretrained",
     "hookimpl",
     "load",
     "load_bundle",

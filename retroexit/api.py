@@ -51,7 +51,7 @@ class WrapSettings(TypedDict, total=False):
             and needs nothing of these stages, the default without a scale and, with a warning, where these stages do
             not run on other widths. ``"stitch"``: a solved convolution replaces stages in the middle, and copies of the
             last ones make the image, the default where ``attach_at`` is left out too and stages of one size hold half
-            of the MACs. ``"auto"``: the copy where it can be built and saves enough, until `fit` compares both in a
+            of the MACs. ``"auto"``: the copy where it can be built and saves enough, until `fit` compares all in a
             pilot. Or the name of a plug-in's.
         macs: Cost of the route of a branch that is no copy as a share of the backbone's, in (0, 1), one for all or one
             per attach point. By default a sub-pixel branch costs what a thin copy at ``scale`` costs at most, or,

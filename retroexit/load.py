@@ -14,6 +14,7 @@ from retroexit.core.modules import device_of
 from retroexit.core.samples import example_call
 from retroexit.errors import CheckpointError, ModeError, OptionError
 from retroexit.guidance.bank import GuidanceBank
+from retroexit.hub import local_folder
 from retroexit.model import EarlyExitGenerator, check_generator
 from retroexit.plugins.description import Description
 from retroexit.plugins.host import host
@@ -31,7 +32,7 @@ from retroexit.saving import (
 from retroexit.standin import part_to_wrap
 from retroexit.wrapping.options import adapter_options
 
-__all__ = ["load"]
+__all__ = ["from_pretrained", "load"]
 
 
 def load(
@@ -46,7 +47,7 @@ def load(
     """Read a wrapped generator that ``model.save`` or `retroexit.fit` wrote.
 
     Args:
-        folder: The folder.
+        folder: The folder, or a repository ``"user/name"`` on the Hugging Face hub if there is no such folder.
         generator: The same trained generator, weights included, which are not saved in the folder.
         example_inputs: Positional inputs to record it with; without them its first call records.
         example_kwargs: Keyword inputs.
@@ -96,6 +97,24 @@ def load(
     return part.complete(model)
 
 
+def from_pretrained(
+    name: str | Path,
+    generator: nn.Module,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: dict[str, Any] | None = None,
+    *,
+    adapter: Description | str | bool | None = None,
+    key: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> EarlyExitGenerator:
+    """Do as `load`, for a folder or a repository ``"user/name"`` on the Hugging Face hub.
+
+    ``options`` are those of `huggingface_hub.snapshot_download`, such as ``revision``, ``token``, ``local_files_only``.
+    """
+    folder = local_folder(name, **options)
+    return load(folder, generator, example_inputs, example_kwargs, adapter=adapter, key=key)
+
+
 def _check_arguments(folder: str | Path, generator: nn.Module) -> tuple[Path, nn.Module]:
     if isinstance(folder, nn.Module):
         raise OptionError(
@@ -107,7 +126,7 @@ def _check_arguments(folder: str | Path, generator: nn.Module) -> tuple[Path, nn
         raise ModeError(
             f"{type(generator).__name__} must be in eval mode, got train mode. Call generator.eval() first."
         )
-    return Path(folder), generator
+    return local_folder(folder), generator
 
 
 def _check_model(folder: Path, manifest: dict[str, Any], model: EarlyExitGenerator) -> None:

@@ -16,6 +16,7 @@ from retroexit.core.samples import plain_numbers
 from retroexit.errors import CheckpointError, GeneratorError, NotRecordedError, OptionError, silence
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import GuideProvider
+from retroexit.hub import model_card, push
 from retroexit.measuring import calibrate, refuse_fitted
 from retroexit.metrics import QualityMetric
 from retroexit.plugins.host import host
@@ -422,6 +423,25 @@ class EarlyExitGenerator(nn.Module):
         """
         parts = (self.generator, self.options, self.decomposition, self.branches, self.router, self.bank)
         return write_model(folder, *parts, self.about)
+
+    def push_to_hub(
+        self, repository: str, *, license: str | None = None, base_model: str | None = None, **options: Any
+    ) -> str:
+        """Save to a repository on the Hugging Face hub, with a model card; returns the commit's address.
+
+        Args:
+            repository: ``"user/name"``, made if missing.
+            license: Licence of the branches, by the hub's name for it, such as ``"mit"``.
+            base_model: Repository of the generator.
+            **options: ``private``, ``token``, ``message``, and what `huggingface_hub.HfApi.upload_folder` takes.
+
+        Raises:
+            MissingExtraError: If huggingface_hub is not installed.
+            GeneratorError, NotRecordedError: See `save`.
+        """
+        facts = (type(self.generator).__name__, self.exits, self.calibration, self.about)
+        card = model_card(*facts, repository=repository, license=license, base_model=base_model)
+        return push(self.save, card, repository, **options)
 
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Give the branches saved weights, now or once recorded; `CheckpointError` if they do not fit."""

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -40,8 +41,10 @@ def test_the_demo_command_wraps_fits_and_reports(tmp_path, monkeypatch, capsys):
     assert [e.attach_at for e in model.exits] == ["body.0", "body.2", ""]
     assert result.macs.tolist() == sorted(result.macs.tolist())
     printed = capsys.readouterr().out
-    assert "SceneGenerator with 2 early exits" in printed
-    assert "Quality loss (ms-ssim) of every exit to the backbone, on 3 other scenes" in printed
+    assert "gets 2 early exits" in printed and "pinned" not in printed
+    assert "ms-ssim to the generator's image, mean over 3 other scenes" in printed
+    assert re.search(r"saved -?\d+% of the compute at a mean loss of 0\.\d{3}", printed)
+    assert printed.splitlines()[-1].startswith("next: retroexit inspect ")
     for k, mean in enumerate(result.loss.mean(0), 1):
         assert f"exit {k}: {mean:.3f}" in printed
     assert f"report with pictures: {tmp_path / 'report/report.html'}" in printed

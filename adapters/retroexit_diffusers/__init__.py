@@ -11,6 +11,14 @@ with early_exits(pipe, model, threshold=0.1):
     images = pipe("a street").images
 ```
 
+To preview many latents and decode a chosen one in full, inside such a block or with the exits installed:
+
+```python
+with retroexit.draft(pipe, latents, exit=1) as draft:
+    show(draft.image)
+    image = draft.finish([3])
+```
+
 To install and remove the exits without a ``with`` block:
 
 ```python

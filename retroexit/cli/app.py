@@ -49,6 +49,7 @@ def demo(
     """
     with options.resumable():
         demo_run.run_demo(out, **vars(settings), say=typer.echo, command=context.obj)
+    options.next_step("retroexit inspect mymodels:decoder --shape 1,32,16,32, for a generator of yours")
 
 
 COMMANDS: Final[dict[str, Any]] = {

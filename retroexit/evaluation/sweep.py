@@ -314,6 +314,10 @@ def thresholds_for(evaluation: Evaluation) -> list[float]:
     return sorted(taus)
 
 
-def highlighted(taus: Sequence[float]) -> float:
-    """Choose one of some sorted thresholds: the paper's 0.1 where it is among them, else the middle one."""
-    return 0.1 if 0.1 in taus else taus[len(taus) // 2]
+def highlighted(evaluation: Evaluation, taus: Sequence[float]) -> float:
+    """Choose the threshold at which routing saves most over the best fixed exit; without a predictor the middle one."""
+    if evaluation.predicted is None:
+        return taus[len(taus) // 2]
+    points = evaluation.sweep(taus)
+    gains = [point.saved - evaluation.best_fixed(point.mean_loss).saved for point in points]
+    return taus[int(np.argmax(np.round(gains, 6)))]

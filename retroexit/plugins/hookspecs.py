@@ -26,7 +26,7 @@ GROUP: Final = "retroexit"
 RESERVED: Final = {
     "retroexit_metrics": {"auto": "the best metric that is available", "lpips": "'lpips-alex'"},
     "retroexit_losses": RESERVED_LOSSES,
-    "retroexit_branch_kinds": {"auto": "a choice between 'copy' and 'subpixel'"},
+    "retroexit_branch_kinds": {"auto": "a choice between 'copy', 'subpixel' and 'stitch'"},
 }
 """Names that no plug-in can offer, with their meaning, by hook."""
 

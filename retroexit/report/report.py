@@ -51,11 +51,11 @@ def write_report(
     manifest = {} if model is None else model[1]
     summary = {"title": title, "command": command, "hashes": dict(hashes(manifest))}
     summary |= _summary(evaluation, taus, calibration)
-    summary["headline"] = _headline(summary, highlighted(taus))
+    summary["headline"] = _headline(summary, highlighted(evaluation, taus))
     html = _template().render(
         summary,
         evaluation=evaluation,
-        picked=highlighted(taus),
+        picked=highlighted(evaluation, taus),
         label=figures.metric_label(evaluation.metric),
         p10_loss=[*np.percentile(evaluation.loss, 10, axis=0), 0.0],
         drawings=_drawings(evaluation, taus, unguided),
@@ -100,7 +100,7 @@ def _summary(evaluation: Evaluation, taus: Sequence[float], calibration: Calibra
         "macs": evaluation.macs,
         "overhead": evaluation.overhead,
         "seconds": evaluation.seconds,
-        "highlight": sweep.get(highlighted(taus)),
+        "highlight": sweep.get(highlighted(evaluation, taus)),
         "sweep": list(sweep.values()),
         "oracle": [evaluation.oracle(tau).row() for tau in taus],
         "fixed": [{"exit": k, **evaluation.fixed(k).row()} for k in range(1, len(evaluation.macs) + 1)],

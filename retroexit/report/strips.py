@@ -37,7 +37,7 @@ def pick_strips(run: Measurement, evaluation: Evaluation, show: Callable[..., Te
     order = np.argsort(evaluation.loss.mean(1))
     tenth = len(order) // 10
     samples = {"easiest": order[0], "easy": order[tenth], "hard": order[-1 - tenth], "hardest": order[-1]}
-    threshold = highlighted(thresholds_for(evaluation))
+    threshold = highlighted(evaluation, thresholds_for(evaluation))
     exits = np.full(len(order), len(evaluation.macs))
     if evaluation.predicted is not None:
         point = evaluation.at_threshold(threshold)

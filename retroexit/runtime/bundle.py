@@ -225,7 +225,8 @@ class Bundle:
         draw, everyone = _Draws(seed, draws or {}, count), np.arange(count)
         self._check_options(None if isinstance(exit, np.ndarray) else exit, threshold, budget, draws or {}, count)
         values = self._advance(values, 0, everyone, draw)
-        exits, nearest = np.full(count, self.exits if exit is None else exit), None
+        exits: Array = np.full(count, self.exits if exit is None else exit)
+        nearest: tuple[Array, Array] | None = None
         if threshold is not None or budget is not None:
             chosen, nearest = self._choose(values, threshold, budget, draw)
             exits = chosen if exit is None else np.where(exits > 0, exits, chosen)
@@ -479,11 +480,9 @@ class Bundle:
         gap = queries - keys[ids]
         return ids.reshape(cells.shape[:-1]), np.einsum("nd,nd->n", gap, gap).reshape(cells.shape[:-1])
 
-    def _guides(self, values: Values, early: Array, nearest: tuple[Array, Array] | None, draw: _Draws) -> Array | None:
-        """Glue the guides of some samples, ``(R, C, ...)``; ``None`` where branches take none."""
+    def _guides(self, values: Values, early: Array, nearest: tuple[Array, Array] | None, draw: _Draws) -> Array:
+        """Glue the guides of some samples, ``(R, C, ...)``."""
         facts = self.manifest["bank"]
-        if facts is None or not len(early):
-            return None
         ids = (self._search(values, draw) if nearest is None else nearest)[0][early]
         patches = self._bank["values"][ids]  # (R, h, w, ph, pw, C)
         if facts["order"]:  # numbers and their slopes: v + S (q - k)

@@ -72,12 +72,12 @@ class ModelEngine:
         """Run samples to the first cut; see `Engine`."""
         model, split = self.model, self.model.split
         begun = split.begin(*gather(samples, torch.stack, torch.Tensor))
-        exits, retrieved = [exit for _, exit in choices], None
-        if None in exits:
+        exits, retrieved = [exit or self.exits for _, exit in choices], None
+        if any(exit is None for _, exit in choices):
             limits = torch.tensor([threshold or 0.0 for threshold, _ in choices])
             choice = model.router.choose(begun, RoutingRequest(threshold=limits))
             retrieved = choice.retrieved
-            exits = [exit or chosen for exit, chosen in zip(exits, choice.exits.tolist(), strict=True)]
+            exits = [exit or chosen for (_, exit), chosen in zip(choices, choice.exits.tolist(), strict=True)]
         early = [row for row, exit in enumerate(exits) if exit < self.exits]
         guides = model.guide.guide(begun, torch.tensor(early, dtype=torch.int64), retrieved)
         guide_of = {row: guides[i : i + 1] for i, row in enumerate(early)} if guides is not None else {}

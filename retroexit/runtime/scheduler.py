@@ -232,7 +232,7 @@ class Scheduler:
 
     def _choose(self) -> tuple[deque[_Request], int] | None:
         now = self._clock()
-        ready = []
+        ready: list[tuple[float, int, deque[_Request], int]] = []
         for queue, full, share in self._plans():
             if not queue:
                 continue

@@ -93,7 +93,8 @@ def fit_model(
         model.bank = _bank(model, taps, features, folder, job, team, progress)
         steps.guide_of, model.router.guide_limit = _guides(model, taps, features)
     choose_kinds(model, job.plan, steps, held_out, metric, settings, folder)
-    reconstruct_branches(model, steps, folder / "branches", keep_channels=settings.features > 0)
+    keep_channels, is_shown = settings.features > 0, progress and team.is_first
+    reconstruct_branches(model, steps, folder / "branches", keep_channels=keep_channels, progress=is_shown)
     _train(model, losses, steps, settings, folder / "branches", writer, progress)
     quality_losses = exit_losses(model, steps, metric, folder / "losses.safetensors", progress)
     progress = progress and team.is_first

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from retroexit.branch.branch import Branch, Reconstruction
 from retroexit.branch.copy import CopyBranch
+from retroexit.core.progress import progress_bar
 from retroexit.errors import RetroExitError
 from retroexit.model import EarlyExitGenerator
 from retroexit.tracing.record import unobserved
@@ -22,7 +23,12 @@ _SAMPLES, _PIXELS = 64, 2**20  # at most; all of them are in memory at once
 
 
 def reconstruct_branches(
-    model: EarlyExitGenerator, steps: Steps, folder: Path | None = None, *, keep_channels: bool = False
+    model: EarlyExitGenerator,
+    steps: Steps,
+    folder: Path | None = None,
+    *,
+    keep_channels: bool = False,
+    progress: bool = False,
 ) -> list[Reconstruction | None]:
     """Start all branches, in place, except those that were started before or have a checkpoint in ``folder``.
 
@@ -30,7 +36,7 @@ def reconstruct_branches(
     ``None`` if there was nothing to do.
     """
     results = []
-    for index in range(len(model.branches)):
+    for index in progress_bar(range(len(model.branches)), show=progress, desc="starting weights of branches"):
         has_checkpoint = folder is not None and (folder / f"exit{index + 1}.safetensors").exists()
         results.append(start_branch(model, index, steps, has_checkpoint=has_checkpoint, keep_channels=keep_channels))
     return results

@@ -1,4 +1,4 @@
-"""Decide between copy and sub-pixel branch at exits wrapped with ``branch="auto"``, by a short training of both."""
+"""Decide between kinds of branches at exits wrapped with ``branch="auto"``, by a short training of each."""
 
 import logging
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ __all__ = ["choose_kinds"]
 
 logger = logging.getLogger(__name__)
 
+_OTHERS = ("subpixel", "stitch")
 _SHARE, _SAMPLES = 20, 16  # one step of the pilot per so many steps of the fit; samples that decide, at most
 
 
@@ -39,10 +40,10 @@ def choose_kinds(
     settings: FitSettings,
     folder: Path,
 ) -> None:
-    """Replace copies of a model by sub-pixel branches of the same cost where these are better after a pilot.
+    """Replace copies of a model by branches of another kind and the same cost where these are better after a pilot.
 
-    Each is started as in the fit and trained for a twentieth of its steps. The smaller product of validation loss
-    and MACs of the route wins. Both get their fresh weights back. The choice is written to ``kinds.json`` in
+    Each is started as in the fit and trained for a twentieth of its steps. The smallest product of validation loss
+    and MACs of the route wins. All get their fresh weights back. The choice is written to ``kinds.json`` in
     ``folder``, which a resumed fit reads.
 
     Args:
@@ -66,7 +67,7 @@ def choose_kinds(
             choices[str(index)] = _choose(model, index, plan, steps, rows, metric, settings)
         kind, why = choices[str(index)]
         if kind != branch.kind:
-            _put(model, index, _subpixel(model, index, branch))
+            _put(model, index, branch_for(model.decomposition, index, kind, macs=branch.macs))
         model.branches[index].why = why
     if choices and team.is_first:
         write_json(path, {"kinds": choices})
@@ -81,15 +82,19 @@ def _choose(
     metric: QualityMetric,
     settings: FitSettings,
 ) -> list[str]:
-    """Train both branches of an exit; returns the kind of the better one, and why."""
+    """Train a branch of each kind for an exit; returns the best kind, and why."""
     copy = model.branches[index]
     assert isinstance(copy, Branch)
-    try:
-        other = _subpixel(model, index, copy)
-    except BranchError as error:
-        return ["copy", f"no sub-pixel branch can be built: {str(error).partition('. ')[0]}"]
+    candidates = [copy]
+    for kind in _OTHERS:
+        try:
+            candidates.append(branch_for(model.decomposition, index, kind, macs=copy.macs))
+        except BranchError as error:
+            logger.info("exit %d is no %s branch: %s", index + 1, kind, error)
+    if len(candidates) == 1:
+        return ["copy", "no branch of another kind can be built"]
     count, losses, costs = -(-settings.steps // _SHARE), dict[str, float](), dict[str, int]()
-    for branch in (copy, other):
+    for branch in candidates:
         _put(model, index, branch)
         weights = {name: value.clone() for name, value in branch.state_dict().items()}
         facts = branch.facts()
@@ -100,18 +105,10 @@ def _choose(
         branch.load_state_dict(weights)
         branch.restore_facts(facts)
     _put(model, index, copy)
-    best, worse = sorted(losses, key=lambda kind: losses[kind] * costs[kind])
+    best, *worse = sorted(losses, key=lambda kind: losses[kind] * costs[kind])
     share = costs[best] / model.decomposition.backbone_macs
-    return [
-        best,
-        f"it lost {losses[best]:.3f} at {share:.1%} of the MACs in a pilot of {count} steps, the {worse} "
-        f"{losses[worse]:.3f}",
-    ]
-
-
-def _subpixel(model: EarlyExitGenerator, index: int, copy: Branch) -> Branch:
-    """Build a sub-pixel branch that costs at most what the copy costs."""
-    return branch_for(model.decomposition, index, "subpixel", macs=copy.macs)
+    others = ", ".join(f"the {kind} {losses[kind]:.3f}" for kind in worse)
+    return [best, f"it lost {losses[best]:.3f} at {share:.1%} of the MACs in a pilot of {count} steps, {others}"]
 
 
 def _put(model: EarlyExitGenerator, index: int, branch: Branch) -> None:

@@ -388,7 +388,7 @@ def _choose_exit(decomposition: Decomposition, index: int, crossing: list[Tensor
     if kind != AUTO:
         _warn_of_pins(branch, spec, saved)
     elif saved >= LEAST_SAVED:
-        branch.why = f"the copy saves {saved:.0%} behind the attach point; fit compares both"
+        branch.why = f"the copy saves {saved:.0%} behind the attach point; fit compares kinds"
     else:
         branch, macs = build(spec, "subpixel")
         branch.why = f"the copy saves {max(saved, 0):.0%} behind the attach point"
