@@ -54,7 +54,8 @@ def main() -> None:
     runner = str(Path(bundle.__file__).parent)  # or wherever bundle.py was copied to
     places = {"runner": runner, "folder": str(arguments.out), "scenes": str(scenes)}
     code = SERVER.format(**places, thresholds=arguments.thresholds)
-    subprocess.run([sys.executable, "-c", code], check=True)
+    server = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    print(server.stdout)
 
 
 if __name__ == "__main__":
