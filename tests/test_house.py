@@ -26,6 +26,27 @@ def test_importing_and_looking_up_loads_no_heavy_dependency():
     assert done.stdout.split() == []
 
 
+def test_all_but_its_search_works_without_hnswlib():
+    code = """
+import sys
+sys.modules["hnswlib"] = None  # could not be compiled
+import numpy, retroexit
+from retroexit.plugins import host
+keys = numpy.eye(4, dtype="float32")
+for name in ("exact", "faiss", "hnswlib"):
+    retriever = host().retriever(name)()
+    try:
+        retriever.build(keys)
+        print(name, retriever.search(keys, 1).ids.ravel().tolist())
+    except retroexit.RetroExitError as error:
+        print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, last = done.stdout.splitlines()
+    assert lines == ["exact [0, 1, 2, 3]", "faiss [0, 1, 2, 3]"]
+    assert last.startswith("MissingExtraError") and "pip install hnswlib" in last and "'exact' or 'faiss'" in last
+
+
 def test_every_error_is_public_ours_and_a_builtin_too():
     defined = [thing for thing in vars(errors).values() if inspect.isclass(thing) and issubclass(thing, Exception)]
     for error in set(defined) - {errors.RetroExitError, errors.RetroExitWarning}:

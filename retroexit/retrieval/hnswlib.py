@@ -8,8 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from retroexit.errors import OptionError
+from retroexit.errors import MissingExtraError, OptionError
 from retroexit.retrieval.base import Retriever
+
+
+def _hnswlib() -> Any:
+    try:
+        import hnswlib
+    except ImportError as error:
+        raise MissingExtraError(
+            "this search needs hnswlib, which pip compiles with a C++ compiler: pip install hnswlib. Or use the "
+            "retriever 'exact' or 'faiss'."
+        ) from error
+    return hnswlib
 
 
 class HnswlibRetriever(Retriever):
@@ -35,9 +46,7 @@ class HnswlibRetriever(Retriever):
         self._native: Any = None
 
     def _build(self, keys: np.ndarray) -> None:
-        import hnswlib
-
-        native = hnswlib.Index(space="l2", dim=keys.shape[1])
+        native = _hnswlib().Index(space="l2", dim=keys.shape[1])
         links = {name: self.options[name] for name in ("M", "ef_construction")}
         native.init_index(max_elements=len(keys), random_seed=100, **links)
         native.add_items(keys, np.arange(len(keys)), num_threads=self.threads)
@@ -61,9 +70,7 @@ class HnswlibRetriever(Retriever):
         return f"hnswlib {importlib.metadata.version('hnswlib')}"
 
     def _restore(self, path: Path) -> None:
-        import hnswlib
-
-        native = hnswlib.Index(space="l2", dim=self.width)
+        native = _hnswlib().Index(space="l2", dim=self.width)
         native.load_index(str(path), max_elements=self.distinct)
         if native.get_current_count() != self.distinct:
             raise ValueError(f"index of {native.get_current_count()} keys, there are {self.distinct}")

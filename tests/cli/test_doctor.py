@@ -59,10 +59,12 @@ def test_the_doctor_reports_what_breaks(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", broken)
     monkeypatch.setitem(sys.modules, "hnswlib", None)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    failed = {check.name: check for check in doctor.diagnose() if check.status == "fail"}
-    assert failed.keys() == {"threads", "retrieval: hnswlib", "cache folder"}
+    checks = {check.name: check for check in doctor.diagnose()}
+    failed = {name: check for name, check in checks.items() if check.status == "fail"}
+    assert failed.keys() == {"threads", "cache folder"}
+    assert checks["retrieval: hnswlib"].status == "warn"  # the other back-ends work without it
     assert "OSError: not today" in failed["threads"].detail
-    assert failed["retrieval: hnswlib"].hint == "pip install --force-reinstall --no-cache-dir hnswlib"
+    assert checks["retrieval: hnswlib"].hint == "pip install --force-reinstall --no-cache-dir hnswlib"
     assert failed["cache folder"].hint == "set TORCH_HOME to a folder that you may write to"
 
 
