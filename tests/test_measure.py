@@ -253,7 +253,7 @@ def test_strips_show_the_samples_that_they_name(model):
     strips = [strip for strip in strips if strip.label != SCALE_LABEL]
     for strip in scale:
         assert all(min(abs(float(text) - at) for at in SCALE) <= 0.025 for text, _ in strip.images[::2])
-    samples = {"easiest": 7, "hardest": 3, "worst kept": 5}
+    samples = {"easiest": 7, "hardest": 3, "worst routed": 5}
     for strip, (name, sample) in zip(strips, samples.items(), strict=True):
         assert strip.label.startswith(f"{name} (sample {sample})")
     *_, hardest, worst = strips

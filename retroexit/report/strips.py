@@ -33,7 +33,7 @@ class Strip:
 
 
 def pick_strips(run: Measurement, evaluation: Evaluation, show: Callable[..., Tensor] | None = None) -> list[Strip]:
-    """Render the easiest, hardest and, at the highlighted threshold, worst kept sample at every exit.
+    """Render the easiest, hardest and, at the highlighted threshold, worst routed sample at every exit.
 
     The difference is that of the image which routing chose, or else of the last early exit, to the backbone's. A last
     strip has images of about the losses of `SCALE`. ``show`` turns one sample into a picture ``(3, H, W)`` in [0, 1].
@@ -45,7 +45,7 @@ def pick_strips(run: Measurement, evaluation: Evaluation, show: Callable[..., Te
     if evaluation.predicted is not None:
         point = evaluation.at_threshold(threshold)
         exits = point.exit_of
-        samples["worst kept"] = np.argmax(point.loss_of)
+        samples["worst routed"] = np.argmax(point.loss_of)
     strips, seen = list[Strip](), set[int]()
     for label, index in ((label, int(index)) for label, index in samples.items()):
         if index in seen:
