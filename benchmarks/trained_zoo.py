@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from scene_pictures import paint_scene
 
 THRESHOLDS = (0.02, 0.05)
+LOSSES = {"lpips": 1.0, "mse": 10.0}
 HEADER = (
     "network",
     "GMACs",
@@ -138,7 +139,7 @@ def psnr(images: Tensor, references: Tensor) -> float:
 
 def steps_in(model: Any, inputs: list[Tensor], weights: Path, seconds: float, is_bfloat16: bool) -> int:
     """Steps of a fit that fill a budget, from the time of two of them."""
-    job = prepare(model, inputs, weights=weights, bfloat16=is_bfloat16)
+    job = prepare(model, inputs, weights=weights, losses=LOSSES, bfloat16=is_bfloat16)
     cost = estimate_fit(model, job.inputs, job.settings, job.plan, job.limits)
     return max(50, int((seconds - len(inputs) / job.settings.batch * cost.backbone_seconds) / cost.step_seconds))
 
@@ -158,7 +159,8 @@ def row(name: str, data: dict[str, tuple[Tensor, Tensor]], arguments: Any) -> di
     steps = arguments.steps or steps_in(model, inputs["fit"], weights, 60 * arguments.minutes, arguments.bfloat16)
     begin = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        retroexit.fit(model, inputs["fit"], folder, weights=weights, steps=steps, bfloat16=arguments.bfloat16)
+        options: Any = {"losses": LOSSES, "bfloat16": arguments.bfloat16}
+        retroexit.fit(model, inputs["fit"], folder, weights=weights, steps=steps, **options)
     fitted = time.process_time() - begin
     model.calibrate(inputs["calibrate"], weights=weights, thresholds=THRESHOLDS)
     references = data["test"][1]

@@ -16,7 +16,7 @@ from retroexit.errors import MissingExtraError, OptionError, OutputError
 from retroexit.evaluation.measure import measure
 from retroexit.evaluation.sweep import Evaluation, fidelity_rows
 from retroexit.measuring import Measurement
-from retroexit.report.strips import _picture, pick_strips
+from retroexit.report.strips import SCALE, SCALE_LABEL, _picture, pick_strips
 from retroexit.report.text_tables import fidelity_table
 
 
@@ -108,7 +108,7 @@ def test_the_report_and_its_numbers_are_written(evaluation):
     assert result.seconds is not None and len(result.seconds) == 3 and (result.seconds > 0).all()
     page = (folder / "report.html").read_text()
     assert "A toy" in page and COMMAND in page
-    assert page.count("data:image/png") >= 5 * 4
+    assert page.count("data:image/png") >= 2 * 5
     assert json.loads((folder / "summary.json").read_text())
     again = Evaluation.from_json((folder / "evaluation.json").read_text())
     assert np.array_equal(again.loss, result.loss) and np.array_equal(again.macs, result.macs)
@@ -248,12 +248,22 @@ def test_strips_show_the_samples_that_they_name(model):
     predicted = loss.copy()
     predicted[5], predicted[3] = 0.0, 9.0  # sample 5 looks easy and is not
     result = Evaluation(loss=loss, predicted=predicted, macs=np.array([1.0, 2, 3]), overhead=np.zeros(3))
-    strips, order = pick_strips(run, result), loss.mean(1).argsort()
-    samples = {"easiest": 7, "easy": order[1], "hard": order[-2], "hardest": 3, "worst routed": 5}
+    strips = pick_strips(run, result)
+    scale = [strip for strip in strips if strip.label == SCALE_LABEL]
+    strips = [strip for strip in strips if strip.label != SCALE_LABEL]
+    for strip in scale:
+        assert all(min(abs(float(text) - at) for at in SCALE) <= 0.025 for text, _ in strip.images[::2])
+    samples = {"easiest": 7, "hardest": 3, "worst routed": 5}
     for strip, (name, sample) in zip(strips, samples.items(), strict=True):
         assert strip.label.startswith(f"{name} (sample {sample})")
     *_, hardest, worst = strips
-    assert [text for text, _ in hardest.images] == ["input", "exit 1: 2.000", "exit 2: 2.000", "backbone"]
+    assert [text for text, _ in hardest.images] == [
+        "input",
+        "exit 1: 2.000",
+        "exit 2: 2.000",
+        "backbone",
+        "difference of exit 2, 4 times",
+    ]
     assert hardest.chosen == 3 and worst.chosen == 1
     with torch.no_grad():
         for place, k in ((1, 1), (2, 2), (3, 3)):
@@ -261,7 +271,11 @@ def test_strips_show_the_samples_that_they_name(model):
             assert np.abs(hardest.images[place][1].astype(int) - pixels).max() <= 1
 
     strips = pick_strips(run, result, lambda z: torch.full((3, 5, 7), float(z[0, 0, 0] > 9)))
-    assert all(strip.images[0][1].shape == (5, 7, 3) and not strip.images[0][1].any() for strip in strips)
+    assert all(
+        strip.images[0][1].shape == (5, 7, 3) and not strip.images[0][1].any()
+        for strip in strips
+        if strip.label != SCALE_LABEL
+    )
 
 
 def test_label_maps_are_shown_in_colours_and_other_inputs_as_pictures():

@@ -1,9 +1,9 @@
 """Start a sub-pixel branch in closed form: each layer is solved to give the backbone's map of the same size.
 
 From coarse to fine, the layers of a grid get the maps that the backbone's stages return on this grid as targets, in
-their order, restricted to the channels that explain most of the others. The last layer gets the image. Each is
-solved by least squares from what the branch's own layers before it return. A grid on which the backbone has no map
-keeps random layers.
+their order, or else finer ones, with the pixels of a cell as channels. Of a map's positive and negative parts the
+channels are taken that explain most of the others. The last layer gets the image. Each is solved by least squares from
+what the branch's own layers before it return. A grid on which no map fits keeps random layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from retroexit.branch.branch import Reconstruction
 from retroexit.branch.least_squares import design, draw_places, exact, least_squares, rows
 from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
 
-__all__ = ["PLACES", "LayerSolver", "explaining_channels", "solve_subpixel"]
+__all__ = ["PLACES", "LayerSolver", "explaining_channels", "rectified", "solve_subpixel"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def solve_subpixel(
         size = tuple(s * factor for s, factor in zip(x.shape[2:], level.factors, strict=True))
         targets = [y for y in (_on_grid(m, size, branch.sizes.causal) for m in maps) if y is not None]
         targets = targets or [y for y in (_folded(m, size) for m in maps or [image]) if y is not None]
+        targets = [rectified(y) for y in targets]
         solved += [f"levels.{number}"] * bool(targets)
         x = solver.solve_level(level, x, samples[1:], targets) if targets else level(x, samples[1:])
     size = tuple(s * factor for s, factor in zip(x.shape[2:], branch.sizes.last, strict=True))
@@ -121,6 +122,11 @@ def _folded(x: Tensor, size: tuple[int, ...]) -> Tensor | None:
     if any(have % s for have, s in zip(x.shape[2:], size, strict=True)):
         return None
     return pixel_unshuffle(x, tuple(have // s for have, s in zip(x.shape[2:], size, strict=True)))
+
+
+def rectified(x: Tensor) -> Tensor:
+    """Split a map with negative values into its positive and its negative part, since layers end in a ReLU."""
+    return x if x.min() >= 0 else torch.cat([x.relu(), (-x).relu()], 1)
 
 
 class LayerSolver:

@@ -23,7 +23,7 @@ from retroexit.evaluation.sweep import (
 )
 from retroexit.report import figures
 from retroexit.report.saved_report import SavedReport, hashes, model_facts, save_report
-from retroexit.report.strips import Strip, data_address
+from retroexit.report.strips import SCALE_LABEL, Strip, data_address
 from retroexit.routing.calibration import Calibration
 
 
@@ -51,11 +51,14 @@ def write_report(
     manifest = {} if model is None else model[1]
     summary = {"title": title, "command": command, "hashes": dict(hashes(manifest))}
     summary |= _summary(evaluation, taus, calibration)
-    summary["headline"] = _headline(summary, highlighted(evaluation, taus))
+    picked = highlighted(evaluation, taus)
+    summary["headline"] = _headline(summary, picked)
     html = _template().render(
         summary,
         evaluation=evaluation,
-        picked=highlighted(evaluation, taus),
+        picked=picked,
+        kept=_kept(summary, picked),
+        scale_label=SCALE_LABEL,
         label=figures.metric_label(evaluation.metric),
         p10_loss=[*np.percentile(evaluation.loss, 10, axis=0), 0.0],
         drawings=_drawings(evaluation, taus, unguided),
@@ -125,10 +128,18 @@ def _gain_factor(evaluation: Evaluation, taus: Sequence[float]) -> dict[str, flo
     return evaluation.gain_factor(points) if len({p.mean_loss for p in points}) > 1 else None
 
 
+def _kept(summary: dict[str, Any], picked: float) -> dict[str, Any] | None:
+    """Return the row of a threshold as the model routes: a calibrated one by its promise."""
+    promise = summary["promise"]
+    if promise is None:
+        return summary["highlight"]
+    return next(row for row in promise["rows"] if row["threshold"] == picked)
+
+
 def _headline(summary: dict[str, Any], picked: float) -> str:
-    label, promise, row = figures.metric_label(summary["metric"]), summary["promise"], summary["highlight"]
-    if promise is not None:  # a calibrated model routes by its promise
-        row = next(row for row in promise["rows"] if row["threshold"] == picked)
+    label, promise, row = figures.metric_label(summary["metric"]), summary["promise"], _kept(summary, picked)
+    if promise is not None:
+        assert row is not None
         return (
             f"At a threshold of {picked:g} {label}, {_percent(row['saved'])} of the backbone's compute is saved under "
             f"{_claim(promise)}; here {row['above']} of {promise['held_out']} do, mean {row['mean_loss']:.3g}."

@@ -17,6 +17,9 @@ from retroexit.core.samples import ImageRange, Samples
 from retroexit.evaluation.sweep import Evaluation, highlighted, thresholds_for
 from retroexit.measuring import Measurement
 
+SCALE = (0.02, 0.05, 0.1)
+SCALE_LABEL = "images of about these losses"
+_GAIN = 4  # of differences, so that they can be seen
 _LONGEST_SIDE = 384  # pixels of an image in a page; ten strips of five then stay below 10 MB
 
 
@@ -30,30 +33,51 @@ class Strip:
 
 
 def pick_strips(run: Measurement, evaluation: Evaluation, show: Callable[..., Tensor] | None = None) -> list[Strip]:
-    """Render the easiest, hardest and, at the highlighted threshold, worst-routed samples at every exit.
+    """Render the easiest, hardest and, at the highlighted threshold, worst routed sample at every exit.
 
-    ``show`` turns one sample into a picture ``(3, H, W)`` in [0, 1].
+    The difference is that of the image which routing chose, or else of the last early exit, to the backbone's. A last
+    strip has images of about the losses of `SCALE`. ``show`` turns one sample into a picture ``(3, H, W)`` in [0, 1].
     """
     order = np.argsort(evaluation.loss.mean(1))
-    tenth = len(order) // 10
-    samples = {"easiest": order[0], "easy": order[tenth], "hard": order[-1 - tenth], "hardest": order[-1]}
+    samples = {"easiest": order[0], "hardest": order[-1]}
     threshold = highlighted(evaluation, thresholds_for(evaluation))
     exits = np.full(len(order), len(evaluation.macs))
     if evaluation.predicted is not None:
         point = evaluation.at_threshold(threshold)
         exits = point.exit_of
         samples["worst routed"] = np.argmax(point.loss_of)
-    strips = []
+    strips, seen = list[Strip](), set[int]()
     for label, index in ((label, int(index)) for label, index in samples.items()):
+        if index in seen:
+            continue
+        seen.add(index)
         *branches, backbone = run.images_of(index)
         item = run.samples.items[index]
         images = [("input", _pixels(_picture(item, backbone.shape[1:]) if show is None else show(item)))]
         for k, image in enumerate(branches):
             images.append((f"exit {k + 1}: {evaluation.loss[index, k]:.3f}", _pixels(_unit(run.limits, image))))
         images.append(("backbone", _pixels(_unit(run.limits, backbone))))
+        shown = min(int(exits[index]), len(branches))
+        difference = (_unit(run.limits, branches[shown - 1]) - _unit(run.limits, backbone)).abs()
+        images.append((f"difference of exit {shown}, {_GAIN} times", _pixels(_GAIN * difference)))
         title = f"{label} (sample {index}), threshold {threshold:.3g}"
         strips.append(Strip(title, images, int(exits[index])))
-    return strips
+    examples = _examples(run, evaluation)
+    return [*strips, Strip(SCALE_LABEL, examples, None)] if examples else strips
+
+
+def _examples(run: Measurement, evaluation: Evaluation) -> list[tuple[str, npt.NDArray[np.uint8]]]:
+    """Find images whose losses are within a quarter of the losses of `SCALE`, each beside the backbone's."""
+    images = []
+    for target in SCALE:
+        distance = np.abs(evaluation.loss - target)
+        row, column = np.unravel_index(int(distance.argmin()), distance.shape)
+        if distance[row, column] > target / 4:
+            continue
+        *branches, backbone = run.images_of(int(row))
+        images.append((f"{evaluation.loss[row, column]:.3f}", _pixels(_unit(run.limits, branches[column]))))
+        images.append(("its backbone", _pixels(_unit(run.limits, backbone))))
+    return images
 
 
 def data_address(pixels: npt.NDArray[np.uint8]) -> str:

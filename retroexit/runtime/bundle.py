@@ -99,8 +99,10 @@ def _read_arrays(folder: Path, facts: dict[str, Any] | None) -> Values:
 def _onnx_runner(
     path: Path, facts: dict[str, Any], _format: str, threads: int | None, _device: str
 ) -> Callable[[list[Array]], list[Array]]:
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError("a bundle of ONNX programs needs onnxruntime. Run: pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     # The threads of one program must not keep the cores from the next one.

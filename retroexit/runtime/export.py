@@ -189,7 +189,7 @@ def _export_all(programs: Programs, values: Named, args: Any, kwargs: Any) -> tu
 def _export(program: Program, values: Named, axes: Axes, draws: bool) -> Any:
     names = [*program.inputs, *program.noise]
     free = {name: dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in names}
-    inputs = tuple(values[name] for name in names)
+    inputs = tuple(values[name].contiguous() for name in names)  # as arrays are passed
     options: dict[str, Any] = {"dynamic_shapes": (tuple(free.values()),)}
     try:
         exported = torch.export.export(program, inputs, strict=False, **options)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import retroexit
+from retroexit.branch import subpixel_start
 from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
 from retroexit.core.modules import count_macs
 from retroexit.plugins import host
@@ -319,6 +320,25 @@ def test_the_start_uses_finer_maps_where_the_backbone_has_none_on_the_grid():
         result = model.branches[0].start(model.split.tail(0, share=True), stages, [feature], None, seed=0)
     assert result.layers == ("levels.0", "last")
     assert result.after < 0.1 * result.before
+
+
+def test_layers_that_end_in_a_relu_are_solved_for_both_parts_of_a_signed_map():
+    level = wrapped(upsampler(), torch.rand(1, 4, 6, 6)).branches[0].levels[0]
+    width = level.layers[0].conv.out_channels
+    x, signed = torch.randn(2, level.refine.conv.in_channels, 6, 6), torch.randn(2, width // 2, 12, 12)
+    asked = []
+
+    class Solver(subpixel_start.LayerSolver):
+        def solve(self, layer, x, target):
+            asked.append(target)
+            return super().solve(layer, x, target)
+
+    with torch.no_grad():
+        parts = subpixel_start.rectified(signed)
+        Solver(256, torch.Generator()).solve_level(level, x, [], [parts])
+    assert subpixel_start.rectified(parts) is parts
+    assert all(target.min() >= 0 for target in asked) and asked[-1].shape[1] == 2 * (width // 2)
+    assert torch.equal(parts[:, : width // 2] - parts[:, width // 2 :], signed)
 
 
 def test_a_pilot_decides_what_auto_leaves_open_and_a_resumed_fit_reads_it(tmp_path):

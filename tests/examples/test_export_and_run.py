@@ -1,5 +1,6 @@
 """The example that exports a fitted model and runs it in a process of its own."""
 
+import pytest
 import torch
 
 import retroexit
@@ -7,6 +8,7 @@ from retroexit.demo import load_scene_generator, scene_inputs
 from retroexit.routing.predictor import Predictor
 
 
+@pytest.mark.slow
 def test_the_script_runs(imported, run_script, tmp_path):
     ((labels, style),) = scene_inputs(1)
     model = retroexit.wrap(

@@ -55,7 +55,7 @@ def test_the_script_runs(example, shared, tmp_path, monkeypatch, run_script):
     fit, evaluate = example.exits.retroexit.fit, example.exits.retroexit.evaluate
     monkeypatch.setattr(example.exits.retroexit, "fit", functools.partial(fit, predictor_steps=5))
     monkeypatch.setattr(example.exits.retroexit, "evaluate", functools.partial(evaluate, repeats=1))
-    words = f"--shared {shared} --out {tmp_path} --steps 1 --batch 2 --crop 32 --train 200 --test 3 --size 16 16"
+    words = f"--shared {shared} --out {tmp_path} --steps 1 --batch 2 --crop 32 --train 260 --test 3 --size 16 16"
     printed = run_script(example.exits, f"{words} --attach-at body.0 body.1 --macs .6 .8")
     assert "Upscaler with 2 early exits" in printed
     assert "threshold as a promise" in printed

@@ -124,10 +124,47 @@ def test_the_headline_of_a_calibrated_model_states_its_promise(make_evaluation, 
     assert f"here {int((point.loss_of > 0.1).sum())} of 100 do, mean {point.mean_loss:.3g}." in headline
 
 
+def test_the_page_opens_with_what_was_saved_promised_and_kept(make_evaluation, usual, tmp_path):
+    e, other = make_evaluation(samples=100), make_evaluation(samples=100, seed=1)
+    calibration = Calibration(torch.from_numpy(other.loss), torch.from_numpy(other.need_predicted()))
+    promised = write_report(tmp_path, e, [], title="T", calibration=calibration).read_text("utf-8")
+    for text, values in ((promised, {"95 %"}), (usual, {"no promise"})):
+        tiles = re.findall(r"<div><b>(.*?)</b><span>(.*?)</span></div>", text, re.DOTALL)
+        assert len(tiles) == 4 and len({words for _, words in tiles}) == 4
+        assert values <= {value for value, _ in tiles}
+        order = [text.index(part) for part in ('class="cards"', 'id="sweep"', "<h2>Figures", 'id="exits"')]
+        assert order == sorted(order)
+        assert not re.search(r"-0(\.0+)? %", text)
+
+
+def test_details_are_folded_and_everything_is_reached_by_the_keyboard(usual):
+    folded = re.findall(r"<details>(.*?)</details>", usual, re.DOTALL)
+    assert usual.count("<details") == len(folded)  # closed, and none inside another
+    titles = [re.search("<summary><h2>(.*?)</h2></summary>", text)[1] for text in folded]
+    assert titles == ["Exits", "Predictor", "What was counted", "How this was measured"]
+    assert usual.count('class="wide"') == len(re.findall(r'class="wide" role="region" tabindex="0" aria-label', usual))
+    assert usual.count("<main>") == usual.count("<h1>") == 1
+    assert all('alt="' in image for image in re.findall("<img.*?>", usual))
+
+
+def test_text_has_contrast(usual):
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+    colours = dict(re.findall(r"--(ink|soft|pick): (#\w+)", usual))
+    for name, colour in colours.items():
+        colour = "#" + "".join(2 * digit for digit in colour[1:]) if len(colour) == 4 else colour
+        for ground in ("#ffffff", "#fff1e6", "#f5f5f5"):
+            if name != "pick" or ground == "#ffffff":
+                assert (luminance(ground) + 0.05) / (luminance(colour) + 0.05) >= 4.5, (name, ground)
+
+
 def test_what_was_not_measured_is_left_out(make_evaluation, tmp_path):
     bare = make_evaluation(predicted=None, distance=None, seconds=None, exits=[], metric={}, about={})
     page = Page(write_report(tmp_path, bare, [], title="T", command=None).read_text("utf-8"))
-    assert page.headings == ["Exits", "Figures", "What was counted", "How this was measured"]
+    assert page.headings == ["Figures", "Exits", "What was counted", "How this was measured"]
     assert set(page.tables) == {"exits", "counted"}
     assert not any("time" in head or "stage" in head for head in page.tables["exits"][0])
     assert page.drawings == 2

@@ -22,7 +22,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--dump-dom"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--virtual-time-budget=10000", "--window-size=1800,1200"),
+    *("--virtual-time-budget=10000", "--window-size=2000,1200"),
 )
 # A frame of one width around the page; facts about it are written where --dump-dom shows them.
 FRAME = """<!doctype html><meta charset="utf-8"><pre id="facts"></pre>
@@ -98,7 +98,7 @@ def page(make_evaluation, tmp_path_factory):
     return path.read_text("utf-8")
 
 
-@pytest.mark.parametrize("width", [400, 1600])
+@pytest.mark.parametrize("width", [400, 1920])
 def test_the_page_can_be_read_at_any_width_and_fetches_nothing(browser, page, width, tmp_path):
     facts = look(browser, page, width, tmp_path)
     assert facts["inside"] == width
