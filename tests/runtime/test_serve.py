@@ -1,6 +1,8 @@
 """Requests over HTTP: options, bodies, errors, metrics, and routing that fails closed."""
 
+import importlib.util
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from runtime_models import inputs
 from torch import nn
 
 import retroexit
-from retroexit.errors import OptionError, QueueFull
+from retroexit.errors import MissingExtraError, OptionError, QueueFull
 from retroexit.routing.predictor import Predictor
 from retroexit.runtime.payload import npy
 from retroexit.runtime.service import Service
@@ -25,7 +27,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("httpx")
 from starlette.testclient import TestClient
 
-from retroexit.runtime.serve import application
+from retroexit.runtime.serve import application, run_uvicorn, start_ray
 
 NPY = {"accept": "application/x-npy"}
 
@@ -336,3 +338,29 @@ def test_a_server_process_mixes_up_no_requests():
             send_all(port, 50, 8)
         finally:
             server.terminate()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.skipif(not os.environ.get("RETROEXIT_RAY"), reason="Ray takes long to start; set RETROEXIT_RAY=1")
+@pytest.mark.filterwarnings("ignore")
+def test_replicas_under_ray_mix_up_no_requests():
+    import cloudpickle
+    import ray
+    from ray import serve
+
+    port = free_port()
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        start_ray(painter, host="127.0.0.1", port=port, replicas=2, options={"max_delay_ms": 1})
+        send_all(port, 50, 8)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.mark.parametrize(("extra", "start"), [("uvicorn", run_uvicorn), ("ray", start_ray)])
+def test_a_missing_server_is_named_with_the_line_that_installs_it(monkeypatch, extra, start):
+    monkeypatch.setitem(sys.modules, extra, None)
+    more = {"replicas": 1} if extra == "ray" else {}
+    with pytest.raises(MissingExtraError, match=rf"got no {extra}\. Run: pip install 'retroexit\[serve\]'"):
+        start(painter, host="127.0.0.1", port=1, options={}, **more)
