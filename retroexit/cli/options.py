@@ -119,7 +119,7 @@ def paged(pages: Mapping[str, Sequence[str]]) -> Callable[[Callable[..., None]],
             records = {str(param.name): param.get_help_record(ctx) for param in params}
             named = {name for names in pages.values() for name in names}
             rest = [str(param.name) for param in params if param.name not in named]
-            for title, names in ({**pages, "More options": rest} if ctx.meta.get(_ALL) else pages).items():
+            for title, names in (dict(pages) | {"More options": rest} if ctx.meta.get(_ALL) else pages).items():
                 with formatter.section(title):
                     formatter.write_dl([records[name] for name in names])
             if not ctx.meta.get(_ALL):

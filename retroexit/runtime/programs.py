@@ -115,6 +115,18 @@ class _Image(nn.Module):
         return (self.place_of(self.branch(*(values[:-1] if self.is_guided else values), guide=guide)),)
 
 
+class _Rest(nn.Module):
+    """Take the image out of what the last segment returns."""
+
+    def __init__(self, split: SplitGenerator) -> None:
+        super().__init__()
+        self.segment, self.output, self.place_of = _graph_module(split.rest), split.output, split.place_of
+
+    def forward(self, *values: Tensor) -> tuple[Tensor]:
+        """Run the segment."""
+        return (self.place_of(self.output(self.segment(*values))),)
+
+
 class _Estimate(nn.Module):
     """Predict losses from a feature or from the generator's inputs, and the distance from the fitting set."""
 
@@ -167,11 +179,7 @@ class Programs:
         self.route = [[name for name, _ in part] for part in pieces] + [["rest"]]
         for name, segment in (pair for part in pieces for pair in part):
             self._add(name, _graph_module(segment), _names(segment.enter), _names(segment.keep))
-        rest, image = self.split.rest, self.split.decoder.image
-        self._add(
-            "rest", _graph_module(rest), _names(rest.enter), ["image" if n is image else n.name for n in rest.keep]
-        )
-        self.all["rest"]._returned = [rest.keep.index(image)]
+        self._add("rest", _Rest(self.split), _names(self.split.rest.enter), ["image"])
         for number, (branch, cut) in enumerate(zip(model.branches, self.split.cuts, strict=True), 1):
             names = [*_names(cut.crossing), *["guide"] * (taps is not None)]
             self._add(f"branch_{number}", _Image(branch, self.split, taps is not None), names, ["image"])

@@ -155,7 +155,7 @@ class SymbolicMode(FakeTensorMode):
         disabled = [logger.disabled for logger in loggers]
         try:
             forget(caches)
-            torch.SymInt.__hash__ = lambda size: hash(size.node.hint)  # type: ignore[method-assign]
+            torch.SymInt.__hash__ = lambda size: hash(size.node.hint)  # type: ignore[method-assign, assignment]
             torch.backends.mha.set_fastpath_enabled(False)
             for logger in loggers:
                 logger.disabled = True
@@ -163,7 +163,7 @@ class SymbolicMode(FakeTensorMode):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-            torch.SymInt.__hash__ = unhashable  # type: ignore[method-assign]
+            torch.SymInt.__hash__ = unhashable  # type: ignore[method-assign, assignment]
             forget(caches)
             for logger, was_disabled in zip(loggers, disabled, strict=True):
                 logger.disabled = was_disabled
