@@ -10,18 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from retroexit.core.nested import is_number
-from retroexit.errors import GeneratorError, OptionError, TrainingError
+from retroexit.errors import GeneratorError, OptionError
 from retroexit.load import load
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins.host import host
 from retroexit.routing.draft import Draft, row_numbers
+from retroexit.routing.policy import QUALITIES, named_threshold
 from retroexit.standin import AnsweringDecoder, EarlyExitDecoder
 from retroexit.wrapping.exits import table
 
 __all__ = ["DecodedDraft", "disable", "draft", "enable", "summary"]
-
-QUALITIES = {"lossless": 0.0, "high": 0.05, "draft": 0.15}
-"""Names of thresholds: the largest loss that an image may have."""
 
 
 def enable(pipe: Any, folder: str | Path, quality: str | float = "high") -> None:
@@ -51,7 +49,7 @@ def enable(pipe: Any, folder: str | Path, quality: str | float = "high") -> None
     owner, name = _place(pipe)
     decoder = getattr(owner, name)
     model = load(folder, decoder.unwrap() if isinstance(decoder, EarlyExitDecoder) else decoder)
-    threshold = float(quality) if not isinstance(quality, str) else _granted(model, quality)
+    threshold = float(quality) if not isinstance(quality, str) else named_threshold(quality, model.router.promised)
     setattr(owner, name, EarlyExitDecoder(model, threshold=threshold))
 
 
@@ -217,21 +215,6 @@ class DecodedDraft:
             setattr(self._owner, self._name, decoder)
         image: Tensor = decoded[0]
         return image
-
-
-def _granted(model: EarlyExitGenerator, quality: str) -> float | None:
-    """Return the threshold that a name means for a fitted decoder; ``None`` for the decoder itself."""
-    threshold, calibration = QUALITIES[quality], model.calibration
-    if threshold == 0:
-        return None
-    if calibration is None:
-        raise TrainingError(
-            f"quality={quality!r} needs a calibrated folder, got one without. Fit with calibrate=0.2, or call "
-            f"model.calibrate(samples, thresholds=(0.05, 0.15)) and model.save(folder); or pass quality={threshold}, "
-            "which is compared with predictions."
-        )
-    promised = calibration.thresholds if isinstance(calibration.thresholds, tuple) else (threshold,)
-    return min(promised, key=lambda t: (abs(t - threshold), t))
 
 
 def _place(pipe: Any) -> tuple[nn.Module, str]:

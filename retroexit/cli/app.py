@@ -22,6 +22,7 @@ from retroexit.cli.evaluate import calibrate, evaluate, report
 from retroexit.cli.export import export
 from retroexit.cli.fit import fit
 from retroexit.cli.inspect import inspect as inspect_command
+from retroexit.cli.serve import serve
 from retroexit.core.files import __version__
 from retroexit.demo import run as demo_run
 from retroexit.errors import RetroExitError, RetroExitWarning
@@ -60,6 +61,7 @@ COMMANDS: Final[dict[str, Any]] = {
     "evaluate": evaluate,
     "report": report,
     "export": export,
+    "serve": serve,
     "bank": bank,
     "plugins": plugins,
     "doctor": doctor,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retroexit.core.nested import is_number
-from retroexit.errors import OptionError
+from retroexit.errors import OptionError, TrainingError
 from retroexit.wrapping.options import OWN_KEYWORDS
 
 Policy = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -20,6 +20,9 @@ Policy = Callable[[Tensor, "Tensor | None"], Tensor]
 
 PerSample = float | Tensor | np.ndarray | Sequence[float]
 """One number, or one per sample ``(N,)``."""
+
+QUALITIES = {"lossless": 0.0, "high": 0.05, "draft": 0.15}
+"""Names of thresholds: the largest loss that an image may have."""
 
 _PERCENT = 3  # a budget from here on is meant in percent
 
@@ -114,6 +117,28 @@ class RoutingRequest:
         options = {name: kwargs[name] for name in OWN_KEYWORDS if name in kwargs and name not in shadowed}
         rest = {name: value for name, value in kwargs.items() if name not in options}
         return cls(**options, choose=choose), tuple(inputs), rest
+
+
+def named_threshold(quality: str, promised: Sequence[float] | None) -> float | None:
+    """Return the threshold that a name of `QUALITIES` means; ``None`` for the generator itself.
+
+    Args:
+        quality: The name.
+        promised: The thresholds that a calibration promises, empty for any; ``None`` without a calibration.
+
+    Raises:
+        TrainingError: If the name needs a calibration.
+    """
+    threshold = QUALITIES[quality]
+    if threshold == 0:
+        return None
+    if promised is None:
+        raise TrainingError(
+            f"quality={quality!r} needs a calibrated folder, got one without. Fit with calibrate=0.2, or call "
+            f"model.calibrate(samples, thresholds=(0.05, 0.15)) and model.save(folder); or pass the threshold "
+            f"{threshold}, which is compared with predictions."
+        )
+    return min(promised or (threshold,), key=lambda t: (abs(t - threshold), t))
 
 
 def check_number(name: str, value: float) -> float:

@@ -22,6 +22,7 @@ class Choice:
 
     exits: Tensor  # exit of every sample, (N,) from 1, K + 1 for the backbone
     retrieved: SearchResult | None = None  # of the search in the bank for the whole batch, if it has been searched
+    losses: Tensor | None = None  # predicted, (N, K), infinite out of distribution; where the choice needs them
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,7 @@ class Router(nn.Module):
         exits = torch.full((begun.samples,), exit, device=begun.key_feature.device)
         if request.exit is not None:
             return Choice(exits)
-        retrieved = None
+        retrieved, losses = None, None
         if request.needs_losses:
             prediction = self.predict(begun)
             exits, retrieved, is_ood = (self._assign(prediction, request), prediction.retrieved, prediction.is_ood)
@@ -100,15 +100,19 @@ class Router(nn.Module):
             if self.ood_counter.enabled and request.deadline_ms is None:
                 exits, retrieved, is_far = self._check_guides(exits, retrieved, begun)
                 is_ood = is_ood | is_far
-            if self.ood_counter.enabled and count:
-                self.ood_counter.add(is_ood)
+            if self.ood_counter.enabled:
+                losses = prediction.losses.masked_fill(is_ood[:, None], torch.inf)
+                if count:
+                    self.ood_counter.add(is_ood)
+            else:
+                losses = prediction.losses
         if request.deadline_ms is not None:
             exits = exits.max().clamp_max(self._last_in_time(request.deadline_ms, exits)).expand_as(exits)
         if not self._divides:
             exits = exits.max().expand_as(exits)  # the batch leaves together, at the deepest exit chosen
         if request.threshold is not None and self.calibration is not None:
             self._check_promise(prediction, exits, begun.feature, request)
-        return Choice(exits, retrieved)
+        return Choice(exits, retrieved, losses)
 
     @torch.no_grad()
     def predict(self, begun: Begun) -> LossPrediction:
@@ -197,7 +201,7 @@ class Router(nn.Module):
     ) -> None:
         """Warn, once per kind and calibration, where the promise does not cover a call."""
         assert request.threshold is not None
-        reasons = self._differences(feature)
+        reasons = self.differences(feature)
         losses = self._guarded(prediction)
         promised = assign_exits(losses, self._limits(losses, request.threshold))
         if not bool(((exits == promised) | (exits == self.exits)).all()):
@@ -211,8 +215,8 @@ class Router(nn.Module):
                 self._reasons[kind] = reason
                 warn(f"the promise is void for this call: {reason}.", 6)
 
-    def _differences(self, feature: Tensor | None) -> dict[str, str]:
-        """In what a call differs from the calibration, by kind: the guard, the size of the feature, the precision."""
+    def differences(self, feature: Tensor | None) -> dict[str, str]:
+        """List in what a call differs from the calibration, by kind: the guard, size of the feature, precision."""
         reasons = {} if self.ood_counter.enabled else {"guard": "the guard against other inputs is off"}
         facts = {} if feature is None else circumstances(feature)
         for name, value in facts.items():
@@ -234,7 +238,14 @@ class Router(nn.Module):
         """List why the promise does not hold: with the present settings, in calls so far, or for a feature."""
         if self.calibration is None:
             return []
-        return list((self._differences(feature) | self._reasons).values())
+        return list((self.differences(feature) | self._reasons).values())
+
+    @property
+    def promised(self) -> tuple[float, ...] | None:
+        """The thresholds that the calibration promises, empty for any; ``None`` without a calibration."""
+        if self.calibration is None:
+            return None
+        return self.calibration.thresholds if isinstance(self.calibration.thresholds, tuple) else ()
 
     @property
     def reads(self) -> str:

@@ -136,6 +136,7 @@ class Begun:
     values: Values  # by name, with the guides
     exits: Array  # (N,) from 1
     draw: _Draws
+    losses: Array | None = None  # predicted, (N, K), infinite out of distribution
 
 
 class Bundle:
@@ -217,10 +218,12 @@ class Bundle:
         budget: Any = None,
         seed: int | None = None,
         draws: Values | None = None,
+        strict: bool = False,
     ) -> Begun:
         """Run to the first cut and choose exits; see `run`. `finish` renders what is returned.
 
-        ``exit`` may be an array ``(N,)``, 0 for the samples whose exit a threshold chooses.
+        ``exit`` may be an array ``(N,)``, 0 for the samples whose exit a threshold chooses. ``strict`` sends these to
+        the backbone where the promise does not hold.
         """
         values = self._bind(tuple(args), kwargs)
         count = self._count(values)
@@ -229,15 +232,18 @@ class Bundle:
         values = self._advance(values, 0, everyone, draw)
         exits: Array = np.full(count, self.exits if exit is None else exit)
         nearest: tuple[Array, Array] | None = None
-        if threshold is not None or budget is not None:
-            chosen, nearest = self._choose(values, threshold, budget, draw)
+        losses: Array | None = None
+        if strict and threshold is not None and self._is_void(values):
+            exits = np.where(exits > 0, exits, self.exits)
+        elif threshold is not None or budget is not None:
+            chosen, nearest, losses = self._choose(values, threshold, budget, draw)
             exits = chosen if exit is None else np.where(exits > 0, exits, chosen)
         if self.manifest["bank"] is not None and (exits < self.exits).any():
             early = np.flatnonzero(exits < self.exits)
             guides = self._guides(values, early, nearest, draw)
             values["guide"] = np.zeros((count, *guides.shape[1:]), guides.dtype)
             values["guide"][early] = guides
-        return Begun(values, exits, draw)
+        return Begun(values, exits, draw, losses)
 
     def finish(self, values: Values, exit: int) -> Array:
         """Render samples at the first cut, from one call or several of `begin`, at one exit."""
@@ -362,14 +368,14 @@ class Bundle:
             nearest = self._search(values, draw)
             values = {**values, "distance": _mean_distance(nearest[1])}
         out = self._call("predictor", values, np.arange(self._count(values)), draw)
-        losses = out["losses"]
+        losses = np.where(np.isfinite(out["losses"]), out["losses"], np.float32(np.inf))
         if router["guard"]:
             losses = np.where(out["ood"][:, None] > 1, np.float32(np.inf), losses)
         return losses, nearest
 
     def _choose(
         self, values: Values, threshold: Any, budget: Any, draw: _Draws
-    ) -> tuple[Array, tuple[Array, Array] | None]:
+    ) -> tuple[Array, tuple[Array, Array] | None, Array]:
         router = self.manifest["router"]
         losses, nearest = self._losses(values, draw)
         if threshold is None:
@@ -384,10 +390,10 @@ class Bundle:
             if nearest is None:
                 nearest = self._search(values, draw)
             far = _mean_distance(nearest[1])[:, 0] > router["guide_limit"]
-            exits[far] = self.exits
+            exits[far], losses[far] = self.exits, np.inf
         if not self.manifest["mixes"]:
             exits[:] = exits.max()
-        return exits, nearest
+        return exits, nearest, losses
 
     def _limit(self, tau: float) -> np.float32:
         """Largest prediction at which a sample may leave early under a threshold."""
@@ -443,10 +449,14 @@ class Bundle:
             low, high = (low, middle) if spent(middle) <= budget else (middle, high)
         return high
 
+    def _is_void(self, values: Values) -> bool:
+        router = self.manifest["router"]
+        return router["feature_size"] not in (None, list(values[router["feature"]].shape[2:]))
+
     def _check_promise(self, values: Values) -> None:
         router = self.manifest["router"]
-        size = list(values[router["feature"]].shape[2:])
-        if router["feature_size"] not in (None, size):
+        if self._is_void(values):
+            size = list(values[router["feature"]].shape[2:])
             warnings.warn(
                 f"the promise is void for this call: feature size is {size}, calibrated was {router['feature_size']}.",
                 stacklevel=4,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +15,19 @@ from retroexit.routing.policy import RoutingRequest
 from retroexit.routing.render import render_from
 from retroexit.runtime.bundle import Bundle
 
-__all__ = ["BundleEngine", "Engine", "ModelEngine"]
+__all__ = ["BundleEngine", "Engine", "ModelEngine", "Started"]
 
 
 ExitChoice = tuple[float | None, int | None]
 """The threshold of a sample, or its exit."""
+
+
+class Started(NamedTuple):
+    """A sample at the first cut."""
+
+    exit: int  # from 1
+    state: Any
+    losses: tuple[float, ...] | None = None  # predicted at the branch exits; None for an exit of the caller's
 
 
 class Engine(Protocol):
@@ -27,8 +35,8 @@ class Engine(Protocol):
 
     exits: int
 
-    def begin(self, samples: Sequence[Any], choices: Sequence[ExitChoice]) -> list[tuple[int, Any]]:
-        """Run samples to the first cut; returns the exit of each and its state."""
+    def begin(self, samples: Sequence[Any], choices: Sequence[ExitChoice]) -> list[Started]:
+        """Run samples to the first cut."""
 
     def finish(self, states: Sequence[Any], exit: int) -> list[Any]:
         """Render samples by their states at one exit; returns their images ``(C, ...)``."""
@@ -62,22 +70,26 @@ def _refuse(mixes: bool) -> None:
 class ModelEngine:
     """Runs what `retroexit.wrap` returns."""
 
-    def __init__(self, model: EarlyExitGenerator) -> None:
+    def __init__(self, model: EarlyExitGenerator, strict: bool = False) -> None:
         check_wrapped(model)
         _refuse(model.split.mixes and model.split.rows_per_sample == 1)
-        self.model, self.exits = model, len(model.branches) + 1
+        self.model, self.exits, self.strict = model, len(model.branches) + 1, strict
 
     @torch.no_grad()
-    def begin(self, samples: Sequence[Any], choices: Sequence[ExitChoice]) -> list[tuple[int, Any]]:
+    def begin(self, samples: Sequence[Any], choices: Sequence[ExitChoice]) -> list[Started]:
         """Run samples to the first cut; see `Engine`."""
         model, split = self.model, self.model.split
         begun = split.begin(*gather(samples, torch.stack, torch.Tensor))
         exits, retrieved = [exit or self.exits for _, exit in choices], None
-        if any(exit is None for _, exit in choices):
+        losses: list[Any] = [None] * len(samples)
+        is_void = self.strict and model.router.calibration is not None and model.router.differences(begun.feature)
+        if not is_void and any(exit is None for _, exit in choices):
             limits = torch.tensor([threshold or 0.0 for threshold, _ in choices])
             choice = model.router.choose(begun, RoutingRequest(threshold=limits))
             retrieved = choice.retrieved
             exits = [exit or chosen for (_, exit), chosen in zip(choices, choice.exits.tolist(), strict=True)]
+            assert choice.losses is not None
+            losses = choice.losses.tolist()
         early = [row for row, exit in enumerate(exits) if exit < self.exits]
         guides = model.guide.guide(begun, torch.tensor(early, dtype=torch.int64), retrieved)
         guide_of = {row: guides[i : i + 1] for i, row in enumerate(early)} if guides is not None else {}
@@ -85,7 +97,8 @@ class ModelEngine:
             ({n: v[row : row + 1] if n in split.batched else v for n, v in begun.values.items()}, guide_of.get(row))
             for row in range(len(samples))
         ]
-        return list(zip(exits, states, strict=True))
+        predicted = [None if exit else row and tuple(row) for (_, exit), row in zip(choices, losses, strict=True)]
+        return list(map(Started, exits, states, predicted))
 
     @torch.no_grad()
     def finish(self, states: Sequence[Any], exit: int) -> list[Any]:
@@ -103,16 +116,16 @@ class ModelEngine:
 class BundleEngine:
     """Runs what `load_bundle` returns."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, strict: bool = False) -> None:
         _refuse(bundle.manifest["mixes"])
-        self.bundle, self.exits = bundle, bundle.exits
+        self.bundle, self.exits, self.strict = bundle, bundle.exits, strict
         self._rows: dict[str, int] = bundle.manifest["rows"]
 
-    def begin(self, samples: Sequence[Any], choices: Sequence[ExitChoice]) -> list[tuple[int, Any]]:
+    def begin(self, samples: Sequence[Any], choices: Sequence[ExitChoice]) -> list[Started]:
         """Run samples to the first cut; see `Engine`."""
         exits = np.array([exit or 0 for _, exit in choices])
         limits = None if exits.all() else [threshold or 0.0 for threshold, _ in choices]
-        begun = self.bundle.begin(*gather(samples, np.stack, np.ndarray), exits, limits)
+        begun = self.bundle.begin(*gather(samples, np.stack, np.ndarray), exits, limits, strict=self.strict)
         states = [
             {
                 n: v[row * self._rows[n] : (row + 1) * self._rows[n]] if n in self._rows else v
@@ -120,7 +133,9 @@ class BundleEngine:
             }
             for row in range(len(samples))
         ]
-        return list(zip(begun.exits.tolist(), states, strict=True))
+        rows: list[Any] = [None] * len(samples) if begun.losses is None else begun.losses.tolist()
+        predicted = [None if exit else row and tuple(row) for (_, exit), row in zip(choices, rows, strict=True)]
+        return list(map(Started, begun.exits.tolist(), states, predicted))
 
     def finish(self, states: Sequence[Any], exit: int) -> list[Any]:
         """Render samples; see `Engine`."""

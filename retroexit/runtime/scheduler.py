@@ -24,6 +24,7 @@ class Rendered(NamedTuple):
 
     image: Any  # (C, ...), a tensor or an array
     exit: int  # from 1
+    losses: tuple[float, ...] | None = None  # predicted at the branch exits, infinite out of distribution
 
 
 @dataclass(eq=False)
@@ -35,6 +36,7 @@ class _Request:
     expires: float  # when its caller does not want it any more
     future: Future[Rendered] = field(default_factory=Future)
     state: Any = None  # of the engine, at the first cut
+    losses: tuple[float, ...] | None = None
 
 
 class Scheduler:
@@ -57,6 +59,7 @@ class Scheduler:
         max_delay_ms: Most milliseconds that a request waits for others while the model is idle.
         queue_limit: Most requests that wait.
         clock: Returns seconds; for tests.
+        strict: Send samples to the backbone where a promise does not hold, instead of a warning.
         start: Whether to start the thread; else `step` has to be called.
 
     Attributes:
@@ -76,6 +79,7 @@ class Scheduler:
         max_delay_ms: float = 10.0,
         queue_limit: int = 256,
         clock: Callable[[], float] = time.monotonic,
+        strict: bool = False,
         start: bool = True,
     ) -> None:
         for name, value, least in (("max_batch", max_batch, 1), ("queue_limit", queue_limit, 1)):
@@ -83,7 +87,7 @@ class Scheduler:
                 raise OptionError(f"{name} must be >= {least}, got {value}.")
         if max_delay_ms < 0:
             raise OptionError(f"max_delay_ms must be >= 0, got {max_delay_ms}.")
-        self._engine: Engine = BundleEngine(model) if isinstance(model, Bundle) else ModelEngine(model)
+        self._engine: Engine = (BundleEngine if isinstance(model, Bundle) else ModelEngine)(model, strict)
         self.max_batch, self.max_delay, self.queue_limit = max_batch, max_delay_ms / 1000, queue_limit
         self._clock = clock
         self._entry: deque[_Request] = deque()
@@ -143,6 +147,16 @@ class Scheduler:
             self._entry.append(request)
             self._changed.notify_all()
         return request.future
+
+    @property
+    def exits(self) -> int:
+        """Number of exits, the backbone included."""
+        return self._engine.exits
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are being served."""
+        return self._is_open and self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -271,8 +285,8 @@ class Scheduler:
         choices = [(request.threshold, request.exit) for request in requests]
         begun = self._engine.begin([request.sample for request in requests], choices)
         with self._changed:
-            for request, (exit, state) in zip(requests, begun, strict=True):
-                request.state = state
+            for request, (exit, state, losses) in zip(requests, begun, strict=True):
+                request.state, request.losses = state, losses
                 self._queues[exit - 1].append(request)
 
     def _render(self, requests: Sequence[_Request], exit: int) -> None:
@@ -283,7 +297,7 @@ class Scheduler:
         times[size] = taken if size not in times else (1 - _WEIGHT) * times[size] + _WEIGHT * taken
         self.batches[exit, size] += 1
         for request, image in zip(requests, images, strict=True):
-            request.future.set_result(Rendered(image, exit))
+            request.future.set_result(Rendered(image, exit, request.losses))
 
 
 def _fail(request: _Request, error: Exception) -> None:

@@ -12,6 +12,7 @@ import retroexit
 from retroexit.errors import OptionError, QueueFull
 from retroexit.runtime import Scheduler
 from retroexit.runtime import scheduler as module
+from retroexit.runtime.engines import Started
 
 
 class Clock:
@@ -34,7 +35,7 @@ class FakeEngine:
         self.calls.append(("begin", list(samples)))
         if 0 in samples:
             raise ValueError("poisoned")
-        return [(exit or abs(sample), sample) for sample, (_, exit) in zip(samples, choices, strict=True)]
+        return [Started(exit or abs(sample), sample) for sample, (_, exit) in zip(samples, choices, strict=True)]
 
     def finish(self, states, exit):
         self.calls.append((exit, list(states)))
@@ -51,7 +52,7 @@ def clock():
 
 @pytest.fixture
 def made(clock, monkeypatch):
-    monkeypatch.setattr(module, "ModelEngine", lambda model: model)
+    monkeypatch.setattr(module, "ModelEngine", lambda model, strict: model)
 
     def make(seconds=lambda size: 0.0, **options):
         engine = FakeEngine(clock, seconds)
@@ -80,7 +81,7 @@ def test_requests_are_predicted_together_and_rendered_by_exit(made, clock):
     assert not futures[1].done() and scheduler.waiting == 1
     clock.now += 0.05
     run_all(scheduler)
-    assert [future.result(0) for future in futures] == [(10, 1), (20, 2), (10, 1), (10, 1), (10, 1)]
+    assert [future.result(0)[:2] for future in futures] == [(10, 1), (20, 2), (10, 1), (10, 1), (10, 1)]
     assert scheduler.batches == {(1, 4): 1, (2, 1): 1} and scheduler.waiting == 0
 
 
@@ -143,7 +144,7 @@ def test_cancelled_and_late_requests_are_not_rendered(made, clock):
     with pytest.raises(TimeoutError, match="not been begun within its timeout_s"):
         late.result(0)
     scheduler.close()
-    assert kept.result(0) == (30, 3) and ("begin", [3]) in engine.calls and cancelled.cancelled()
+    assert kept.result(0)[:2] == (30, 3) and ("begin", [3]) in engine.calls and cancelled.cancelled()
 
 
 @pytest.mark.parametrize("cancel", [False, True])
