@@ -60,7 +60,7 @@ def latent(shared: Path, out: Path) -> Example:
     example = cases.latent_decoder()
     train, test = (list(example.latents(split, shared, out / "latent")) for split in ("train", "test"))
     hand = {
-        "copies at 3 to 8": {"attach_at": example.ATTACH_AT, "scale": [w / 64 for w in example.WIDTHS]},
+        "copies at 3 to 8": {"attach_at": range(3, 9), "scale": [w / 64 for w in (16, 16, 16, 20, 24, 32)]},
         "copies at 3, 5, 7": {"attach_at": (3, 5, 7), "scale": (16 / 64, 16 / 64, 24 / 64)},
     }
     hand = {name: {**settings, "min_channels": 16} for name, settings in hand.items()}

@@ -146,8 +146,9 @@ def ray_server(folder, port, replicas, kill_every):
 
     def kill():
         while not is_over.wait(kill_every):
+            states = serve.status().applications["retroexit"].deployments["retroexit"].replica_states
             actors = [a for a in ray.util.list_named_actors(True) if a["name"].startswith("SERVE_REPLICA::")]
-            if actors:
+            if states == {"RUNNING": replicas} and actors:  # the one before has been replaced
                 actor = actors[killed["replicas"] % len(actors)]
                 ray.kill(ray.get_actor(actor["name"], actor["namespace"]), no_restart=True)
                 killed["replicas"] += 1

@@ -344,9 +344,8 @@ def test_a_server_process_mixes_up_no_requests():
 @pytest.mark.skipif(not os.environ.get("RETROEXIT_RAY"), reason="Ray takes long to start; set RETROEXIT_RAY=1")
 @pytest.mark.filterwarnings("ignore")
 def test_replicas_under_ray_mix_up_no_requests():
-    import cloudpickle
     import ray
-    from ray import serve
+    from ray import cloudpickle, serve
 
     port = free_port()
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
