@@ -1,6 +1,6 @@
 """Everything that a GPU changes, in one run: times, exports, precisions and memory of the demo's generator and a VAE.
 
-    python benchmarks/gpu.py                                       # on a GPU, under eight minutes
+    python benchmarks/gpu.py                                       # on a GPU, made for eight minutes
     python benchmarks/gpu.py --device cpu --size small --steps 3   # a rehearsal without one
 
 No data and no downloads: the decoder of diffusers' AutoencoderKL has random weights, and its published size with
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from batching import serve
+from batching import SECONDS, serve
 from common import argument_parser, machine_line, synchronize, take_turns, write_json
 from exported import compare
 from overhead import add_predictor, parts, shares
@@ -194,6 +194,7 @@ def time_shares(bench: Bench) -> Rows:
 def mixed_batches(bench: Bench) -> Rows:
     """Samples whose exits differ: one call, the scheduler, one by one, and the backbone for all."""
     count = max(bench.options.batches)
+    SECONDS.clear()  # of another generator
     model, (args, kwargs), last = bench.routable(), bench.inputs(count), len(bench.routable().exits)
     exits = [1 + row % last for row in range(count)]
     singles = [
