@@ -12,7 +12,7 @@ project: point ``--shared`` (or RETROEXIT_SHARED) to the folder that holds ``dat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ def parts(model: Any, x: Tensor) -> tuple[dict[str, Callable[[int], object]], di
     return sides, routes | {len(model.branches) + 1: [*done, "rest"]}
 
 
-def serve(model: Any, samples: Tensor, exits: list[int], batch: int) -> None:
+def serve(model: Any, samples: Sequence[Any], exits: list[int], batch: int) -> None:
     """Render all samples by a scheduler."""
     with Scheduler(model, max_batch=batch, max_delay_ms=1000, queue_limit=len(exits) + 1, start=False) as scheduler:
         scheduler.seconds = SECONDS.setdefault(batch, scheduler.seconds)

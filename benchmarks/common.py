@@ -44,8 +44,16 @@ def machine_line() -> str:
     return ", ".join(f"{name} {value}" for name, value in machine().items())
 
 
+def synchronize() -> None:
+    """Wait for the GPU, where this process uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def take_turns(sides: Mapping[str, Callable[[int], object]], turns: int, warm_up: int = 2) -> dict[str, np.ndarray]:
     """Time several functions by turns in one process, so that other work on the machine slows all alike.
+
+    Where CUDA is in use, each timing begins and ends with an idle GPU.
 
     Args:
         sides: By name, a function of the number of the turn.
@@ -58,8 +66,10 @@ def take_turns(sides: Mapping[str, Callable[[int], object]], turns: int, warm_up
     seconds = {name: np.empty((2, warm_up + turns)) for name in sides}
     for turn in range(warm_up + turns):
         for name, run in sides.items():
+            synchronize()
             wall, cpu = time.perf_counter(), time.thread_time()
             run(turn)
+            synchronize()
             seconds[name][:, turn] = time.perf_counter() - wall, time.thread_time() - cpu
     return {name: times[:, warm_up:] for name, times in seconds.items()}
 

@@ -89,17 +89,24 @@ def measure(made: Made, folder: Path, format: Any, turns: int, threads: int) -> 
         model = retroexit.wrap(
             generator, attach_at, example_inputs=example[0], example_kwargs=example[1], adapter=False, **options
         )
-    retroexit.export(model, folder, format)
+    return compare(model, args, kwargs, folder, format, turns, threads)
+
+
+def compare(
+    model: Any, args: Any, kwargs: Any, folder: Path, format: Any, turns: int, threads: int, verify: bool = True
+) -> list[dict[str, Any]]:
+    """Export a wrapped generator and compare every route; returns one row per route."""
+    retroexit.export(model, folder, format, verify=verify)
     bundle = retroexit.load_bundle(folder, threads=threads)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    weights, branches = (sum(x.nbytes for x in m.state_dict().values()) for m in (generator, model.branches))
-    arrays, named = rebuild((args, kwargs), lambda x: x.numpy())
+    weights, branches = (sum(x.nbytes for x in m.state_dict().values()) for m in (model.generator, model.branches))
+    arrays, named = rebuild((args, kwargs), lambda x: x.cpu().numpy())
     draws = {entry["name"]: entry for program in bundle.programs.values() for entry in program.noise}
     rows = []
     for exit in range(1, len(model.exits) + 1):
         torch.manual_seed(0)
         with torch.no_grad():
-            expected = model.image(model.route(args, kwargs, exit=exit)).numpy()
+            expected = model.image(model.route(args, kwargs, exit=exit)).cpu().numpy()
         torch.manual_seed(0)
         shapes = [[len(arrays[0]), *entry["shape"][1:]] for entry in draws.values()]
         noise = {name: torch.randn(shape).numpy() for name, shape in zip(draws, shapes, strict=True)}
@@ -118,6 +125,7 @@ def measure(made: Made, folder: Path, format: Any, turns: int, threads: int) -> 
             {
                 "exit": exit,
                 "difference": float(np.abs(images - expected).max()),
+                "largest": float(np.abs(expected).max()),
                 **medians,
                 "size": (size - branches) / weights,
             }

@@ -68,6 +68,24 @@ def parts(model: EarlyExitGenerator, args: Any, kwargs: Any) -> dict[str, Any]:
     return sides
 
 
+def add_predictor(model: EarlyExitGenerator, args: Any, kwargs: Any) -> None:
+    """Give a model that is not fitted a predictor with random weights."""
+    if model.router.predictor is None:
+        feature = model.features(*args, **kwargs)[0]
+        predictor = Predictor(feature.shape[1], len(model.branches), dims=feature.dim() - 2)
+        model.router.predictor = predictor.to(feature.device).eval()
+
+
+def shares(model: EarlyExitGenerator, seconds: dict[str, float]) -> list[dict[str, Any]]:
+    """The time of every exit, from the times of `parts`, against its MACs; one row per exit."""
+    full, rows = seconds["backbone"], []
+    for exit_ in model.exits[:-1]:
+        time = seconds[f"exit {exit_.index}"] / full
+        row = {"exit": exit_.index, "kind": exit_.kind, "macs": exit_.share, "time": time}
+        rows.append(row | {"branch": seconds[f"branch {exit_.index}"] / full, "ratio": time / exit_.share})
+    return rows
+
+
 def layers(branch: nn.Module, crossing: list[torch.Tensor], turns: int) -> list[tuple[str, float]]:
     """Median seconds of the leaf modules of a branch, largest first."""
     spent, begins = defaultdict(list), dict[str, float]()
@@ -90,9 +108,7 @@ def compare(name: str, settings: dict[str, Any], count: int, arguments: Any) -> 
     """Time one way to wrap one generator at one batch size; returns a row per exit."""
     generator, args, kwargs, _ = backbone(name, arguments)
     model = retroexit.wrap(generator, example_inputs=args, example_kwargs=kwargs, **settings)
-    if model.router.predictor is None:
-        feature = model.features(*args, **kwargs)[0]
-        model.router.predictor = Predictor(feature.shape[1], len(model.branches), dims=feature.dim() - 2).eval()
+    add_predictor(model, args, kwargs)
     args, kwargs = repeated(list(args), count), {key: repeated(value, count) for key, value in kwargs.items()}
     if arguments.compile:
         model.compile(dynamic=True)
@@ -100,17 +116,14 @@ def compare(name: str, settings: dict[str, Any], count: int, arguments: Any) -> 
     seconds = {
         side: float(np.median(t[0])) for side, t in take_turns(parts(model, args, kwargs), arguments.turns).items()
     }
-    full, rows = seconds["backbone"], []
+    full = seconds["backbone"]
     print(
         f"\n{name}, batch {count}, {'compiled' if arguments.compile else 'eager'}: final exit / backbone "
         f"{seconds['final exit'] / full:.3f}, prefix {seconds['prefix'] / full:.1%}, predictor "
         f"{seconds['predictor'] / full:.2%} of the backbone's {1000 * full:.1f} ms"
     )
+    rows = [{"generator": name, "batch": count, **row} for row in shares(model, seconds)]
     for exit_ in model.exits[:-1]:
-        route, branch = seconds[f"exit {exit_.index}"], seconds[f"branch {exit_.index}"]
-        row = {"generator": name, "batch": count, "kind": exit_.kind, "exit": exit_.index, "macs": exit_.share}
-        row |= {"time": route / full, "branch": branch / full, "ratio": route / full / exit_.share}
-        rows.append(row)
         if arguments.layers:
             values = model.split.begin(args, kwargs).values
             for index in range(1, exit_.index):

@@ -33,6 +33,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("every_toy", list(_toys.TOYS), indirect=True)
 
 
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def every_toy(request):
     return _toys.TOYS[request.param]()

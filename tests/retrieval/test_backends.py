@@ -168,7 +168,6 @@ def test_invalid_options_are_refused(make, message, keys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_exact_search_on_a_gpu_equals_the_cpu(precision, keys, queries):
     there = ExactRetriever(device="cuda", precision=precision).build(keys.cuda()).search(queries.cuda(), 3)
