@@ -161,7 +161,7 @@ def synthetic(draws: int) -> list[dict[str, Any]]:
 
 def half(evaluation: Evaluation, rows: np.ndarray) -> Evaluation:
     """Keep some samples."""
-    names = ("loss", "predicted", "distance", "ood")
+    names = ("loss", "predicted", "distance", "ood", "fidelity")
     parts = {name: getattr(evaluation, name) for name in names}
     return dataclasses.replace(evaluation, **{k: None if v is None else v[rows] for k, v in parts.items()})
 

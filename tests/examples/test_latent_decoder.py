@@ -54,7 +54,7 @@ def test_the_script_runs(example, shared, tmp_path, monkeypatch, run_script):
     monkeypatch.setattr(example.retroexit, "fit", functools.partial(fit, predictor_steps=5))
     monkeypatch.setattr(example.retroexit, "evaluate", functools.partial(evaluate, repeats=1))
     words = f"--shared {shared} --out {tmp_path} --steps 1 --batch 1 --crop 32 --test 3"
-    printed = run_script(example, f"{words} --attach-at 6 8 --widths 16 32")
+    printed = run_script(example, f"{words} --calibrate 0 --attach-at 6 8 --branch copy --widths 16 32")
     assert "Sequential with 2 early exits" in printed
     assert "threshold on the predicted loss of each sample" in printed
     assert "beside the photographs" in printed and "PSNR" in printed
