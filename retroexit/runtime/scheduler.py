@@ -87,7 +87,8 @@ class Scheduler:
                 raise OptionError(f"{name} must be >= {least}, got {value}.")
         if max_delay_ms < 0:
             raise OptionError(f"max_delay_ms must be >= 0, got {max_delay_ms}.")
-        self._engine: Engine = (BundleEngine if isinstance(model, Bundle) else ModelEngine)(model, strict)
+        self._engine: Engine
+        self._engine = BundleEngine(model, strict) if isinstance(model, Bundle) else ModelEngine(model, strict)
         self.max_batch, self.max_delay, self.queue_limit = max_batch, max_delay_ms / 1000, queue_limit
         self._clock = clock
         self._entry: deque[_Request] = deque()

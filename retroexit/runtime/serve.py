@@ -61,7 +61,7 @@ def application(service: Service, *, max_megabytes: float = 16.0, examples: str 
     def endpoint(handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
         async def answer(request: Any) -> Any:
             reply: Reply = await handler(request)
-            kind = Response if isinstance(reply.content, bytes) else StreamingResponse
+            kind: Any = Response if isinstance(reply.content, bytes) else StreamingResponse
             return kind(reply.content, reply.status, reply.headers, reply.media)
 
         return answer
@@ -71,6 +71,8 @@ def application(service: Service, *, max_megabytes: float = 16.0, examples: str 
         yield
         service.scheduler.close()
 
+    posts: dict[str, Callable[[Any], Any]]
+    gets: dict[str, Callable[[Any], Any]]
     posts = {"/render": handlers.render, "/draft-and-refine": handlers.draft_and_refine}
     gets = {"/": handlers.page, "/healthz": handlers.health, "/metrics": handlers.metrics, "/info": handlers.info}
     gets["/examples/{name}"] = handlers.example

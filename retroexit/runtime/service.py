@@ -165,7 +165,7 @@ class Service:
                 raise OptionError(f"quality must be {', '.join(QUALITIES)}, got {text!r}. Pass one of them.")
             return _Asked(threshold=named_threshold(text, self._promised))
         try:
-            number = int(text) if name == "exit" else float(text)
+            number = int(text or "") if name == "exit" else float(text or "")
         except ValueError:
             number = math.nan
         last = self.scheduler.exits
