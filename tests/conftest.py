@@ -34,9 +34,11 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_runtest_setup(item):
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none, and what takes long unless it is asked for."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("long") and not os.environ.get("RETROEXIT_LONG"):
+        pytest.skip("takes long; set RETROEXIT_LONG=1")
 
 
 @pytest.fixture

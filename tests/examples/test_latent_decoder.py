@@ -32,6 +32,7 @@ def test_the_weights_decode_what_they_encode(example, shared):
     assert float((again - image).abs().mean()) < 0.05
 
 
+@pytest.mark.long
 def test_its_export_has_each_weight_once(example, shared, tmp_path):
     pytest.importorskip("onnxruntime")
     generator, x = example.load("decoder", shared), torch.randn(3, 32, 8, 12)

@@ -59,7 +59,7 @@ def test_the_training_resumes_where_it_stopped(example, shared, tmp_path, monkey
     assert all(torch.isfinite(value).all() for value in generator.state_dict().values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_runs_and_resumes(example, shared, tmp_path, monkeypatch, run_script):
     monkeypatch.setattr(example.exits, "ATTACH_AT", (2, 4))
     evaluate = functools.partial(example.exits.retroexit.evaluate, repeats=1)

@@ -164,7 +164,10 @@ def test_random_numbers_of_another_kind_are_refused(tmp_path):
         retroexit.export(model, tmp_path / "bundle", "torch")
 
 
-@pytest.mark.parametrize("name", ["modulated_convolution_with_skip_image", "dataclass_output", "stylegan", "vae"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("stylegan", "vae")]
+
+
+@pytest.mark.parametrize("name", ["modulated_convolution_with_skip_image", "dataclass_output", *LONG])
 def test_other_generators_are_exported(tmp_path, toys, name):
     if name in toys.TOYS:  # the first has a value that crosses the cut with strides of its own
         toy = toys.TOYS[name]()
@@ -187,7 +190,7 @@ def test_other_generators_are_exported(tmp_path, toys, name):
         bundle.run(*arrays(args), **named, threshold=1.0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_packages_give_the_same(tmp_path):
     model = wrapped(attach_at=(2,))
     bundle = retroexit.load_bundle(retroexit.export(model, tmp_path / "bundle", "aoti"))
