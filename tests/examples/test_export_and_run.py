@@ -8,7 +8,7 @@ from retroexit.demo import load_scene_generator, scene_inputs
 from retroexit.routing.predictor import Predictor
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_runs(imported, run_script, tmp_path):
     ((labels, style),) = scene_inputs(1)
     model = retroexit.wrap(

@@ -77,7 +77,7 @@ def test_the_training_script_runs_and_resumes(training, tmp_path, monkeypatch, r
     assert retroexit_stylegan.load_generator(file).mapping.w_avg.abs().max() > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_exits_script_runs(exits, shared, tmp_path, monkeypatch, run_script):
     fit, evaluate = retroexit.fit, retroexit.evaluate
     monkeypatch.setattr(exits.retroexit, "fit", functools.partial(fit, predictor_steps=5))

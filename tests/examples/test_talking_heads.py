@@ -78,7 +78,7 @@ def test_a_query_retrieves_another_frame_of_the_same_person(example, drawn, tmp_
         assert any(np.array_equal(nobody.values[row], other) for other in others)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_runs_and_resumes(example, drawn, tmp_path, run_script):
     out = tmp_path / "out"
     words = f"--shared {drawn} --out {out} --size 64 --attach-at 6 8 --widths 8 --plain 8 --train-every 1"

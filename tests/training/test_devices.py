@@ -28,7 +28,7 @@ def alone(tmp_path_factory):
     return read_tensors(next(folder.glob("weights-*.safetensors")))[0]
 
 
-@pytest.mark.parametrize("starter", ["torchrun", "fabric"])
+@pytest.mark.parametrize("starter", ["torchrun", pytest.param("fabric", marks=pytest.mark.long)])
 def test_two_processes_give_the_weights_of_one(tmp_path, alone, starter):
     pytest.importorskip("lightning_fabric")
     settings, launcher = dict(SETTINGS), []

@@ -10,11 +10,16 @@ from generators.measure import measure_entry, spread
 INSTALLABLE = [entry for entry in ENTRIES if not entry.checkout and not entry.is_large]
 
 LONG = {
-    "monai-swin-unetr",
-    "smp-unetplusplus",
-    "lightweight-gan",
-    "diffusers-unet-condition",
+    "biggan-pretrained",
+    "diffusers-dc-decoder",
     "diffusers-mochi-decoder",
+    "diffusers-unet",
+    "diffusers-unet-condition",
+    "lightweight-gan",
+    "monai-swin-unetr",
+    "smp-fpn",
+    "smp-unetplusplus",
+    "transformers-dpt",
 }
 """Left to releases: benchmarks/zoo.py wraps these too."""
 
