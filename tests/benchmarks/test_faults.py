@@ -1,8 +1,10 @@
 """No wrong image: a small, seeded part of the benchmark of threads and faults."""
 
 import faults
+import pytest
 
 
+@pytest.mark.long
 def test_threads_agree_and_no_fault_makes_a_wrong_image(tmp_path):
     model = faults.fitted(tmp_path, steps=4, predictor_steps=20)
     threads = faults.use_threads(model, 64)

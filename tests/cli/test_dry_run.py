@@ -173,6 +173,7 @@ def test_missing_weights_are_listed_and_refused_at_the_end(run, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_trained_discriminator_is_loaded_from_a_file_into_the_adapters_network(run, tmp_path):
     (tmp_path / "city.py").write_text(
         "import torch, retroexit_oasis as o\n"

@@ -32,6 +32,7 @@ SHAPES = [(2, 4, 8, 8), (3, 4, 12, 10)]
 
 
 @torch.no_grad()
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, about graph breaks
 def test_a_compiled_model_renders_what_the_model_renders(model):
     torch.compiler.reset()

@@ -9,29 +9,23 @@ from generators.measure import measure_entry, spread
 
 INSTALLABLE = [entry for entry in ENTRIES if not entry.checkout and not entry.is_large]
 
-LONG = {
-    "biggan-pretrained",
-    "diffusers-dc-decoder",
-    "diffusers-mochi-decoder",
-    "diffusers-unet",
-    "diffusers-unet-condition",
-    "lightweight-gan",
-    "monai-swin-unetr",
-    "smp-fpn",
-    "smp-unetplusplus",
-    "transformers-dpt",
-}
-"""Left to releases: benchmarks/zoo.py wraps these too."""
-
 TOO_SMALL = {"transformers-segformer-head", "own-unet"}  # one 1x1 layer, cheaper than the projection in front of it
 THOROUGH = {"own-dcgan", "own-resnet", "own-unet", "diffusers-tiny-decoder"}  # the benchmark treats all like these
+OTHERS = ("biggan", "diffusers", "lightweight", "monai", "smp", "transformers")
+"""Beginnings of the names of other libraries' generators; most are left to releases and to benchmarks/zoo.py."""
+
+ALWAYS = THOROUGH | {"diffusers-kl", "smp-unet"}
+
+
+def is_long(entry):
+    return entry.name.startswith(OTHERS) and entry.name not in ALWAYS
 
 
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")  # other people's code
 @pytest.mark.parametrize(
     "entry",
-    [pytest.param(e, marks=[pytest.mark.long] if e.name in LONG else []) for e in INSTALLABLE],
+    [pytest.param(e, marks=[pytest.mark.long] if is_long(e) else []) for e in INSTALLABLE],
     ids=lambda entry: entry.name,
 )
 def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry):
