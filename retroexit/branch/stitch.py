@@ -22,7 +22,7 @@ from torch.nn import functional
 from retroexit.branch.branch import Branch, GuideEntry, Reconstruction, distinct_widths
 from retroexit.branch.builder import BranchSpec
 from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
-from retroexit.branch.subpixel import Convolution, Output
+from retroexit.branch.subpixel import Convolution, Output, causal_frames
 from retroexit.branch.subpixel_start import PLACES, LayerSolver
 from retroexit.core.modules import MacCounter
 from retroexit.core.writes import differentiable_writes
@@ -42,19 +42,27 @@ _TRAINED_RATE = 0.1  # learning rate of the copies of trained stages, relative t
 
 @dataclass(frozen=True)
 class StitchPlan:
-    """Sizes of a branch: the path of the last stage that it skips, and the width of its corrections, 0 for none."""
+    """Sizes of a branch.
+
+    Attributes:
+        skips_to: Path of the last stage that it skips.
+        width: Width of its corrections, 0 for none.
+        causal: Whether no frame may depend on later ones.
+    """
 
     skips_to: str
     width: int
+    causal: bool = False
 
 
 class _Stitch(nn.Module):
     """Makes a value behind the skipped stages: a convolution, plus a correction by three more that starts at zero.
 
     Args:
-        feature: The feature that it reads, ``(N, C, ...)``, concatenated with the guide.
+        channels: Channels of the feature and the guide, which it reads.
+        feature: The feature, ``(N, C, ...)``.
         value: The value that it makes, ``(N, D, ...)`` on the same or a finer grid, or tokens ``(N, L, D)``.
-        width: Channels between the three convolutions; 0 for no correction.
+        plan: Width of the correction, and whether time is looked at backwards only.
 
     Raises:
         BranchError: If the value has another form.
@@ -62,9 +70,9 @@ class _Stitch(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, feature: Tensor, value: Tensor, width: int) -> None:
+    def __init__(self, channels: int, feature: Tensor, value: Tensor, plan: StitchPlan) -> None:
         super().__init__()
-        grid, channels = tuple(feature.shape[2:]), int(feature.shape[1])
+        grid, width = tuple(feature.shape[2:]), plan.width
         self.are_tokens = value.dim() == 3 and len(grid) > 1 and value.shape[1] == math.prod(grid)
         self.factors = (1,) * len(grid)
         if not self.are_tokens:
@@ -73,9 +81,9 @@ class _Stitch(nn.Module):
                 raise BranchError(f"no convolution makes {tuple(value.shape)} from {tuple(feature.shape)}")
             self.factors = tuple(v // f for v, f in zip(value.shape[2:], grid, strict=True))
         out = int(value.shape[2 if self.are_tokens else 1]) * math.prod(self.factors)
-        self.solved = Convolution(channels, out, len(grid), False)
+        self.solved = Convolution(channels, out, len(grid), plan.causal)
         sizes = [channels, width, width, out] if width else []
-        self.correction = nn.ModuleList(Convolution(a, b, len(grid), False) for a, b in pairwise(sizes))
+        self.correction = nn.ModuleList(Convolution(a, b, len(grid), plan.causal) for a, b in pairwise(sizes))
         if width:
             nn.init.zeros_(self.correction[-1].get_submodule("conv").get_parameter("weight"))
         self.register_buffer("scale", torch.ones(2))  # standard deviations of what is read and made
@@ -129,12 +137,12 @@ class StitchBranch(Branch):
     ) -> None:
         super().__init__(asdict(plan))
         feature, guide, self.output = values[0], spec.guide, output
+        channels = int(feature.shape[1])
         self.entry: GuideEntry | None = None
         if guide is not None:
-            channels = int(feature.shape[1])
             self.entry = GuideEntry(channels, None, tuple(feature.shape[2:]), guide, min(guide.channels, channels))
-            feature = torch.cat([feature, feature[:, :1].expand(-1, self.entry.guide_channels, *feature.shape[2:])], 1)
-        self.stitches = nn.ModuleList(_Stitch(feature, value, plan.width) for value in made)
+            channels += self.entry.guide_channels
+        self.stitches = nn.ModuleList(_Stitch(channels, feature, value, plan) for value in made)
         self.makes = tuple(node.name for node in cut.crossing[: len(made)])
         inputs = [node.name for node in tail.graph.nodes if node.op == "placeholder"]
         self.reads = tuple(inputs.index(node.name) for node in cut.crossing[len(made) :])
@@ -161,7 +169,10 @@ class StitchBranch(Branch):
     def start(
         self, full: Tail, stages: Sequence[str], values: Sequence[Tensor], guide: Tensor | None, seed: int
     ) -> Reconstruction | None:
-        """Solve each stitch for the values of the backbone; the last quarter of the samples tests the result."""
+        """Solve each stitch for the values of the backbone.
+
+        The last quarter of the samples tests the result; where it got worse, the previous weights come back.
+        """
         devices = [v.device for v in values[:1] if v.device.type == "cuda"]
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
@@ -177,13 +188,15 @@ class StitchBranch(Branch):
             missing = (image - expected[test]).float().square().mean()
             return float(missing / (expected[test].float().var() + 1e-12))
 
-        before = error()
+        before, previous = error(), {name: value.clone() for name, value in self.stitches.state_dict().items()}
         solver = LayerSolver(PLACES, torch.Generator().manual_seed(seed))
         x = values[0] if self.entry is None else self.entry(values[0], guide)
         for stitch, value in zip(self.stitches, made, strict=True):
             assert isinstance(stitch, _Stitch)
             stitch.solve(x[:most], value[:most], solver)
         result = Reconstruction(tuple(f"stitches.{i}" for i in range(len(made))), before, error())
+        if not result.is_better:
+            self.stitches.load_state_dict(previous)
         logger.info("error of a branch, random %.4f, solved %.4f", before, result.after)
         return result
 
@@ -203,6 +216,11 @@ def build_stitch(
             "stages can only be skipped where the recording can be cut, and this generator's forward runs again. "
             "Pass branch='subpixel'."
         )
+    if spec.init == "scratch":
+        raise BranchError(
+            "stages can only be skipped with init='inherit', got 'scratch': the last ones are copies. Leave init out, "
+            "or pass branch='subpixel'."
+        )
     with torch.no_grad(), torch.random.fork_rng(devices=[]), MacCounter() as counter:
         torch.manual_seed(spec.seed)
         returned, _ = _run(tail, values, ())
@@ -211,13 +229,14 @@ def build_stitch(
     if plan is not None:
         chosen = StitchPlan(**plan)
         return _build(chosen, tail, _cut_behind(tail, chosen.skips_to), values, spec, output)
+    is_causal = causal_frames(tail, values, spec, output.image_of(returned), output) is not None
     unit = counter.macs / max(1, _macs(tail.rest))
     dearest = None
     for path, behind in _cuts(tail, spec.stages):
         if _macs(behind.rest) * unit > limit:
             continue
         try:
-            sizes = StitchPlan(path, _width(behind, values[0], counter.macs))
+            sizes = StitchPlan(path, _width(behind, values[0], counter.macs), is_causal)
             branch = _build(sizes, tail, behind, values, spec, output)
         except BranchError as error:
             logger.debug("stages up to %s are not skipped: %s", path, error)
@@ -296,6 +315,8 @@ def _cut_behind(tail: Tail, path: str) -> Cut:
             read.update(node.all_input_nodes)
     if not made or not any(n.op == "call_module" for n in rest):
         raise BranchError(f"nothing behind {path} depends on the feature")
+    if any(n.meta.get("mutates") and not set(inputs).isdisjoint(n.all_input_nodes) for n in nodes[:end]):
+        raise BranchError(f"a stage up to {path} writes into a value that is read behind it")
     return Cut(end, made[0], (*made[1:], *inputs), (*again, *rest))
 
 

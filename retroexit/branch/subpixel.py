@@ -26,7 +26,16 @@ from retroexit.errors import BranchError
 from retroexit.split.segments import Tail
 from retroexit.stages.decoder import Cut
 
-__all__ = ["Convolution", "Level", "Output", "SubpixelBranch", "SubpixelPlan", "build_subpixel", "choose_sizes"]
+__all__ = [
+    "Convolution",
+    "Level",
+    "Output",
+    "SubpixelBranch",
+    "SubpixelPlan",
+    "build_subpixel",
+    "causal_frames",
+    "choose_sizes",
+]
 
 _CONVOLUTION: Any = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _MOST_NUMBERS = 8192  # of a live vector; longer ones are averaged over their middle axes
@@ -476,7 +485,7 @@ def build_subpixel(
 
     if plan is None:
         target = spec.macs if spec.macs is not None else _scaled_macs(tail, values, spec)
-        frames = _causal_frames(tail, values, spec, image, output)
+        frames = causal_frames(tail, values, spec, image, output)
         ratios = output.ratios if frames is None else (frames, *output.ratios[1:])
         sizes = choose_sizes(target, ratios, count, causal=frames is not None)
     else:
@@ -548,7 +557,7 @@ def _steps(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, output: Outpu
 
 
 @torch.no_grad()
-def _causal_frames(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, image: Tensor, output: Output) -> int | None:
+def causal_frames(tail: Tail, values: Sequence[Tensor], spec: BranchSpec, image: Tensor, output: Output) -> int | None:
     """Change the last frame of everything, and see which frames of the image change.
 
     The first axis of one- and three-dimensional maps is taken as time.

@@ -8,8 +8,7 @@ from typer import Argument, Option
 
 import retroexit
 from retroexit.cli import options
-from retroexit.cli.load_target import example_of, load_generator, load_made, random_inputs
-from retroexit.errors import OptionError
+from retroexit.cli.load_target import choose_example, load_generator
 
 
 def export(
@@ -30,12 +29,7 @@ def export(
         retroexit export mymodels:decoder runs/decoder runs/exported --inputs mydata:test
     """
     generator, example = load_generator(target, factory_arguments)
-    if shape:
-        example = random_inputs(shape, generator)
-    elif inputs is not None:
-        example = example_of(example, load_made(inputs))
-    if example is None:
-        raise OptionError("an export needs an example input, got none. Pass --inputs, or --shape 1,32,16,32.")
+    example = choose_example(example, generator, inputs, shape)
     model = retroexit.load(folder, generator, *example, adapter=False if adapter == "none" else adapter)
     kind: Any = format  # checked by export
     retroexit.export(model, out, kind)

@@ -190,6 +190,23 @@ def example_of(example: Inputs | None, samples: Any) -> Inputs:
     return example or Samples(samples).gather([0])
 
 
+def choose_example(
+    example: Inputs | None, generator: nn.Module, samples: str | None, shape: Sequence[str] | None
+) -> Inputs:
+    """Take random inputs of a shape, else the first of the samples ``package.module:name``, else the target's own.
+
+    Raises:
+        OptionError: If there is none of them.
+    """
+    if shape:
+        return random_inputs(shape, generator)
+    if samples is not None:
+        return example_of(example, load_made(samples))
+    if example is None:
+        raise OptionError("an example input is needed, got none. Pass --inputs, or --shape 1,32,16,32.")
+    return example
+
+
 def random_inputs(texts: Sequence[str], like: nn.Module) -> Inputs:
     """Draw one input for each shape, on the device of a module and by default in its precision.
 

@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 import retroexit
 from retroexit.cli import options
-from retroexit.cli.load_target import example_of, load_generator, load_made, random_inputs
+from retroexit.cli.load_target import choose_example, load_generator
 from retroexit.errors import OptionError
 from retroexit.model import EarlyExitGenerator
 from retroexit.runtime.bundle import MANIFEST, Bundle
@@ -79,10 +79,5 @@ def load_served(
     if generator is None:
         raise OptionError(f"{folder} must be an export, or come with --generator, got none. Pass mymodels:decoder.")
     made, example = load_generator(generator, arguments)
-    if shape:
-        example = random_inputs(shape, made)
-    elif inputs is not None:
-        example = example_of(example, load_made(inputs))
-    if example is None:
-        raise OptionError("a server needs an example input, got none. Pass --inputs, or --shape 1,32,16,32.")
+    example = choose_example(example, made, inputs, shape)
     return retroexit.load(folder, made, *example, adapter=False if adapter == "none" else adapter)

@@ -192,9 +192,86 @@ def test_it_takes_a_guide():
     assert not torch.equal(one, other)
 
 
+class Frames(nn.Module):
+    """Four stages on frames ``(N, 4, T, H, W)``; if it is causal, none reads later frames."""
+
+    def __init__(self, is_causal):
+        super().__init__()
+        self.pad = (2, 0) if is_causal else (1, 1)
+        self.stem, self.rgb = nn.Conv3d(4, 12, 1), nn.Conv3d(12, 3, 1)
+        self.blocks = nn.ModuleList(nn.Conv3d(12, 12, 3, padding=(0, 1, 1)) for _ in range(5))
+
+    def forward(self, x):
+        h = self.stem(x)
+        for block in self.blocks:
+            h = torch.relu(block(F.pad(h, (0, 0, 0, 0, *self.pad))))
+        return self.rgb(h)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_it_is_causal_where_the_decoder_is(is_causal):
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 4, 5, 5)
+    model = wrapped(Frames(is_causal).eval(), x, macs=0.85)
+    assert model.branches[0].plan["causal"] is is_causal
+    later = x.clone()
+    later[:, :, 2:] += 1
+    before, after = (model.branches[0](model.features(value)[0]) for value in (x, later))
+    assert torch.equal(before[:, :, :2], after[:, :, :2]) is is_causal
+
+
+def test_a_start_that_is_worse_is_taken_back():
+    generator, x = upscaler(), torch.rand(8, 4, 6, 6)
+    model = wrapped(generator, x[:2])
+    branch, values = model.branches[0], model.split.crossing(model.split.begin((x,), {}).values, 0)
+    tail = model.split.tail(0, share=True)
+    branch.start(tail, (), values, None, 0)
+    solved = {name: value.clone() for name, value in branch.state_dict().items()}
+    noisy = [values[0].clone(), *values[1:]]
+    noisy[0][:6] = torch.randn_like(noisy[0][:6]) * 100  # solved on these, tested on the last two
+    result = branch.start(tail, (), noisy, None, 0)
+    assert not result.is_better
+    assert all(torch.equal(value, solved[name]) for name, value in branch.state_dict().items())
+
+
+class WritesSkip(nn.Module):
+    """The second stage is followed by a write into a map that the end reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.rgb = nn.Conv2d(4, 12, 1), nn.Conv2d(12, 3, 1)
+        self.blocks = nn.ModuleList(Residual() for _ in range(4))
+
+    def forward(self, x):
+        skip = h = self.blocks[0](self.stem(x))
+        h = self.blocks[1](h)
+        skip[:, :6] = 1.0  # not a tensor of its own in the recording, as that of add_ is
+        return self.rgb(self.blocks[3](self.blocks[2](h)) + skip)
+
+
+def test_stages_that_write_into_what_is_read_later_are_not_skipped():
+    x = torch.rand(2, 4, 6, 6)
+    assert wrapped(WritesSkip().eval(), x, macs=0.85).branches[0].plan["skips_to"] == "blocks.1"  # the write stays
+    with pytest.raises(retroexit.errors.BranchError, match="no stages can be skipped"):
+        wrapped(WritesSkip().eval(), x, macs=0.6)
+
+
+def test_it_can_be_exported_and_compiled():
+    x = torch.rand(2, 4, 6, 6)
+    model = wrapped(upscaler(), x)
+    branch, other = model.branches[0], torch.rand(3, 4, 9, 6)
+    crossing = lambda value: tuple(model.split.crossing(model.split.begin((value,), {}).values, 0))  # noqa: E731
+    sizes = {0: torch.export.Dim("n", min=1, max=9), 2: torch.export.Dim("h", min=2, max=64)}
+    program = torch.export.export(branch, crossing(x), dynamic_shapes=(sizes, (sizes,)))
+    torch.testing.assert_close(program.module()(*crossing(other)), branch(*crossing(other)))
+    compiled = torch.compile(branch, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*crossing(other)), branch(*crossing(other)))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"init": "scratch"}, "can only be skipped with init='inherit', got 'scratch'"),
         ({"macs": 0.1}, "no stages can be skipped behind the attach point for a limit of [0-9,]+ MACs"),
         ({"attach_at": ["blocks.4"]}, "no stages can be skipped .* branch='subpixel'"),
     ],

@@ -24,7 +24,9 @@ def test_a_folder_and_an_export_are_served(run, started):
     model = retroexit.wrap(Decoder().eval(), [1], 1 / 2, min_channels=4, example_inputs=example)
     model.save("model")
     run("serve", "model").fails_with("model must be an export, or come with --generator, got none")
-    run("serve", "model", "--generator", "toy.py:decoder").fails_with("needs an example input, got none. Pass --inputs")
+    run("serve", "model", "--generator", "toy.py:decoder").fails_with(
+        "an example input is needed, got none. Pass --inputs"
+    )
     run("serve", "model", "--replicas", "2", "--no-ray").fails_with("--replicas must be 1 with --no-ray, got 2")
     words = ("serve", "model", "--generator", "toy.py:decoder", "--shape", "1,4,4,4", "--max-batch", "3")
     run(*words, "--no-ray", "--port", "81").succeeds()
