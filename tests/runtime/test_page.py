@@ -70,7 +70,7 @@ def check(page, model, number, exit):
     assert np.array_equal(pixels(page, "difference"), np.minimum(4 * np.abs(early - full), 255))
     texts = {name: page.run(f"document.getElementById({name!r}).textContent") for name in ("exit", "macs", "last")}
     shares = model.router.shares().tolist()
-    assert texts == {"exit": str(exit), "macs": f"{100 * shares[exit - 1]:.1f} %", "last": "3"}
+    assert texts == {"exit": str(exit), "macs": f"{100 * shares[exit - 1]:.1f}\u202f%", "last": "3"}
 
 
 def test_the_slider_and_the_gallery_show_what_the_model_renders(model, address, tmp_path):
@@ -90,7 +90,7 @@ def test_the_slider_and_the_gallery_show_what_the_model_renders(model, address, 
         assert page.run("at('count').textContent") == f"Mean of {before + 1}"
         assert page.run("document.querySelector('#gallery button:nth-child(3)').getAttribute('aria-pressed')") == "true"
         mean = page.run("sum.macs / sum.images")
-        assert page.run("at('mean-macs').textContent") == f"{100 * mean:.1f} %" and mean < 1
+        assert page.run("at('mean-macs').textContent") == f"{100 * mean:.1f}\u202f%" and mean < 1
         assert page.errors == [] and page.run("at('error').textContent") == ""
 
 
@@ -99,7 +99,10 @@ def test_nothing_is_cut_off_or_overlaps(address, tmp_path, width):
     with chromium(tmp_path) as page:
         page.open(address, width)
         page.wait("at('exit').textContent == '3'")
+        page.run("at('threshold').oninput()")
+        page.wait("!busy && at('loss').textContent != '–'")
         assert page.run("document.documentElement.scrollWidth") == width
+        assert page.run("[...document.querySelectorAll('section')].every(box => box.scrollWidth <= box.clientWidth)")
         boxes = page.run("[...document.querySelectorAll('canvas')].map(c => c.getBoundingClientRect().toJSON())")
         assert all(box["left"] >= 0 and box["right"] <= width and box["width"] >= 250 for box in boxes)
         assert np.array(Image.open(io.BytesIO(page.screenshot()))).std() > 10
