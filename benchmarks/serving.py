@@ -154,6 +154,7 @@ def ray_server(folder, generator, port, replicas, kill_every):
     import ray
     from ray import serve
 
+    ray.init(include_dashboard=False)
     load = partial(load_served, folder, f"{__file__}:{generator}")
     start_ray(load, host="127.0.0.1", port=port, replicas=replicas, options={})
     is_over, killed = threading.Event(), Counter()

@@ -276,7 +276,7 @@ class Scheduler:
             return
         try:
             run(requests)
-        except Exception as error:
+        except BaseException as error:  # the thread outlives whatever a generator raises
             if len(requests) == 1:
                 _fail(requests[0], error)
                 return
@@ -302,7 +302,9 @@ class Scheduler:
             request.future.set_result(Rendered(image, exit, request.losses))
 
 
-def _fail(request: _Request, error: Exception) -> None:
+def _fail(request: _Request, error: BaseException) -> None:
     """Let a future raise, unless its caller has cancelled it."""
+    if not isinstance(error, Exception):  # would end the caller's thread
+        error = RuntimeError(f"the generator must return, got {type(error).__name__}")
     if request.future.running() or request.future.set_running_or_notify_cancel():
         request.future.set_exception(error)
