@@ -229,7 +229,7 @@ def compare(case: Case, sizes: Sizes, seed: int, arguments: argparse.Namespace) 
     """Fit and measure everything with one seed."""
     folder = arguments.out / f"seed-{seed}"
     ours, statics = ours_of(case, sizes, seed), statics_of(case, sizes, seed)
-    own = measured(ours, case, folder / "ours", arguments, seed=seed)
+    own = measured(ours, case, folder / "ours", arguments, seed=seed, predictor_steps=arguments.predictor_steps)
     other = measured(statics, case, folder / "static", arguments, seed=seed, predictor_steps=1)
     points = [Point.of(way, size, other, other.fixed(exit)) for exit, (way, size) in enumerate(sizes.statics, 1)]
     points += [Point.of("one exit", exit, own, own.fixed(exit)) for exit in range(1, len(sizes.macs) + 1)]
@@ -379,6 +379,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shared", type=Path, default=shared_folder(), help="folder with weights and data")
     parser.add_argument("--out", type=Path, default=Path("runs/static"))
     parser.add_argument("--steps", type=int, default=1500, help="per network; each branch is one")
+    parser.add_argument("--predictor-steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
