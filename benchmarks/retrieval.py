@@ -6,10 +6,12 @@ is printed beside the one of wall times: a busy machine disturbs it less. Keys a
 random network over 24 hidden numbers, with noise; queries are further samples.
 
     python benchmarks/retrieval.py --large 100000
+    python benchmarks/retrieval.py --compare 10000  # the back-ends beside one another, pgvector too
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import tempfile
@@ -22,6 +24,8 @@ import faiss
 import numpy as np
 import torch
 from common import argument_parser, cell, machine_line, take_turns, write_json
+from postgres import MISSING, programs, server
+from retroexit_pgvector import PgvectorRetriever
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -180,15 +184,51 @@ def beside_convolutions(repeats: int) -> Iterator[Bar]:
     torch.set_num_threads(1)
 
 
+def side_by_side(size: int, width: int, repeats: int) -> Iterator[list[str]]:
+    """Compare back-ends at the look-ups of one image, 128: share of nearest keys found, time, build."""
+    keys, queries = features(size, width, 11), features(512, width, 12)
+    made: dict[str, Retriever] = {
+        "exact": ExactRetriever(),
+        "faiss Flat": FaissRetriever(),
+        "faiss HNSW16": FaissRetriever(index="HNSW16"),
+        "hnswlib": HnswlibRetriever(),
+    }
+    folder, built = programs(), {}
+    with contextlib.nullcontext("") if folder is None else server(folder) as address:
+        if folder is not None:
+            made["pgvector hnsw"] = PgvectorRetriever(address=address)
+            made["pgvector exact"] = PgvectorRetriever(address=address, index="exact")
+        for name, retriever in made.items():
+            begin = time.perf_counter()
+            retriever.build(keys)
+            built[name] = time.perf_counter() - begin
+        sides = {name: functools.partial(_run, one.search, queries[:128]) for name, one in made.items()}
+        times = take_turns(sides, repeats)
+        truth = made["exact"].search(queries).distances
+        for name, retriever in made.items():
+            recall = float((retriever.search(queries).distances == truth).float().mean())
+            ratios = times[name][0] / times["exact"][0]
+            spread = cell(float(np.median(ratios)), *np.quantile(ratios, (0.1, 0.9)))
+            yield [name, f"{recall:.4f}", f"{1000 * np.median(times[name][0]):.3g}", spread, f"{built[name]:.1f}"]
+
+
 def main() -> None:
     """Measure and print all bars."""
     parser = argument_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=21, help="timed turns per bar")
     parser.add_argument("--large", type=int, default=100_000, help="keys of the largest graph; 0 leaves it out")
+    parser.add_argument("--compare", type=int, metavar="KEYS", help="only compare all back-ends, with so many keys")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(machine_line())
     repeats = arguments.repeats
+    if arguments.compare:
+        rows = list(side_by_side(arguments.compare, 1024, repeats))
+        print(table(["back-end", "recall", "ms per image", "time : exact (10-90 %)", "build s"], rows))
+        if programs() is None:
+            print(f"pgvector left out: {MISSING}")
+        write_json(arguments.json, compared=rows)
+        return
     groups = [
         overheads(960, 515, 1, 2.0, 20 * repeats),  # little to search
         overheads(10_000, 1024, 128, 1.1, repeats),

@@ -14,6 +14,7 @@ from retroexit.guidance.provider import Guidance
 from retroexit.load import from_pretrained
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import Description, hookimpl
+from retroexit.routing.policy import Time
 from retroexit.runtime import export, load_bundle
 from retroexit.stages.stage import Stage
 from retroexit.wrapping.exits import Exit
@@ -27,6 +28,7 @@ __all__ = [
     "RetroExitError",
     "RetroExitWarning",
     "Stage",
+    "Time",
     "disable",
     "draft",
     "enable",

@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -352,7 +352,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def read_npy(path: Path, mode: Any = None, advice: str = "Restore it or write it again.") -> np.ndarray:
-    """Load a ``.npy`` file, or map it into memory with ``mode`` ``"r"`` or ``"r+"``.
+    """Load a ``.npy`` file, or map it into memory with ``mode`` ``"r"``, ``"r+"`` or ``"c"``.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -366,14 +366,16 @@ def read_npy(path: Path, mode: Any = None, advice: str = "Restore it or write it
         return array
 
 
-def read_array(folder: str | Path, name: str, manifest: dict[str, Any], *, mmap: bool = False) -> np.ndarray:
-    """Load one ``.npy`` file after `check_file`; ``mmap`` maps it read-only.
+def read_array(
+    folder: str | Path, name: str, manifest: dict[str, Any], *, mmap: Literal["r", "c"] | None = None
+) -> np.ndarray:
+    """Load one ``.npy`` file after `check_file`; ``mmap`` maps it read-only, or so that writes stay in memory.
 
     Raises:
         CheckpointError: If the file is missing, was changed, or is not an array.
     """
     path = check_file(folder, name, manifest)
-    return read_npy(path, "r" if mmap else None, "Build and save again.")
+    return read_npy(path, mmap, "Build and save again.")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:

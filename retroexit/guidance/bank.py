@@ -247,7 +247,7 @@ class GuidanceBank:
                 "as retriever_class."
             )
         check_file(folder, f"{_KEYS}/{MANIFEST}", manifest)
-        values = read_array(folder, _VALUES, manifest, mmap=True)
+        values = read_array(folder, _VALUES, manifest, mmap="r")
         source = read_array(folder, _SOURCE, manifest)
         retriever = back_end.load(Path(folder) / _KEYS)
         with reading(path, again):

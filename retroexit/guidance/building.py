@@ -155,7 +155,7 @@ class Candidates:
         self.shape, self.grid = tuple(shape), tuple(grid)
         self._random.bit_generator.state = facts["random"]
         for name in _FILES:
-            saved_rows = read_array(folder, name, facts, mmap=True)
+            saved_rows = read_array(folder, name, facts, mmap="r")
             array = np.empty((self._most, saved_rows.shape[1]), saved_rows.dtype)
             array[: self.held] = saved_rows
             self._arrays.append(array)

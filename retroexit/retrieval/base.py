@@ -242,7 +242,7 @@ class Retriever(ABC):
         with reading(Path(folder) / MANIFEST, "Build and save the retriever again."), _safe_settings():
             same = manifest["name"] == cls.name
             retriever = cls(threads=manifest["threads"], **(manifest["options"] if same else {}))
-            keys = read_array(folder, _KEYS_FILE, manifest)
+            keys = read_array(folder, _KEYS_FILE, manifest, mmap="c")  # of large keys, only the rows that are compared
             if keys.dtype != np.float32 or list(keys.shape) != manifest["shape"]:
                 raise ValueError(f"keys must be float32 {manifest['shape']}, got {keys.dtype} {keys.shape}")
             retriever._hold(as_matrix(keys, "keys"))

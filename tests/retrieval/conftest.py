@@ -2,8 +2,11 @@
 
 import warnings
 
+import postgres
 import pytest
 import torch
+from retroexit_pgvector import ADDRESS, PgvectorRetriever
+from retroexit_pgvector.retriever import close
 
 from retroexit.plugins import host
 from retroexit.retrieval import ExactRetriever, FaissRetriever, HnswlibRetriever
@@ -15,6 +18,7 @@ OURS = {
     "hnswlib": HnswlibRetriever,
     "faiss-hnsw": lambda **more: FaissRetriever(index="HNSW16", **more),
     "faiss-ivf": lambda **more: FaissRetriever(index="IVF8,Flat", nprobe=6, **more),
+    "pgvector": PgvectorRetriever,  # on a server of the tests
 }
 # A code book needs more keys than most tests have.
 COMPRESSED = {
@@ -26,7 +30,7 @@ COMPRESSED = {
 def _plugins():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of broken plug-ins
-        names = set(host().names("retriever")) - {"exact", "faiss", "hnswlib"}
+        names = set(host().names("retriever")) - {"exact", "faiss", "hnswlib", "pgvector"}
         return {name: host().retriever(name) for name in sorted(names)}
 
 
@@ -43,12 +47,37 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def backend(request):
     """A function that makes an unbuilt retriever; takes ``threads``."""
-    return BACKENDS[request.param]
+    return _made(request, BACKENDS)
 
 
 @pytest.fixture
 def any_backend(request):
-    return (BACKENDS | COMPRESSED)[request.param]
+    return _made(request, BACKENDS | COMPRESSED)
+
+
+def _made(request, backends):
+    if request.param == "pgvector":
+        request.getfixturevalue("postgres_server")
+    return backends[request.param]
+
+
+@pytest.fixture(scope="session")
+def _started():
+    pytest.importorskip("psycopg", reason="needs pip install 'retroexit[pgvector]'")
+    pytest.importorskip("pgvector", reason="needs pip install 'retroexit[pgvector]'")
+    programs = postgres.programs()
+    if programs is None:
+        pytest.skip(postgres.MISSING)
+    with postgres.server(programs) as address:
+        yield address
+        close()
+
+
+@pytest.fixture
+def postgres_server(_started, monkeypatch):
+    """The address of a running server, which is also in the environment."""
+    monkeypatch.setenv(ADDRESS, _started)
+    return _started
 
 
 @pytest.fixture

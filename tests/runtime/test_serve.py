@@ -1,5 +1,6 @@
 """Requests over HTTP: options, bodies, errors, metrics, and routing that fails closed."""
 
+import asyncio
 import importlib.util
 import io
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 
 import numpy as np
@@ -21,13 +23,14 @@ import retroexit
 from retroexit.errors import MissingExtraError, OptionError, QueueFull
 from retroexit.routing.predictor import Predictor
 from retroexit.runtime.payload import npy
-from retroexit.runtime.service import Service
+from retroexit.runtime.service import Reply, Service
 
 pytest.importorskip("starlette")
 pytest.importorskip("httpx")
 from starlette.testclient import TestClient
 
-from retroexit.runtime.serve import application, run_uvicorn, start_ray
+from retroexit.runtime.application import application
+from retroexit.runtime.serve import Replicas, run_uvicorn, start_ray
 
 NPY = {"accept": "application/x-npy"}
 
@@ -147,7 +150,7 @@ class Nan(nn.Module):
 
 
 @pytest.mark.parametrize("option", ["threshold=1000", "budget=0.9"])
-@pytest.mark.parametrize(("predictor", "reason"), [(Raises(), "routing failed"), (Nan(), None)])
+@pytest.mark.parametrize(("predictor", "reason"), [(Raises(), "routing failed"), (Nan(), "out of distribution")])
 def test_a_broken_predictor_leads_to_the_backbone(
     client, model, sample, backbone, monkeypatch, option, predictor, reason
 ):
@@ -177,7 +180,7 @@ def test_the_void_promise_of_an_export_leads_to_the_backbone(bundle, sample, mon
         program = bundle.programs["predictor"]
         run = program.run
         monkeypatch.setattr(program, "run", lambda arrays: [np.full_like(a, np.nan) for a in run(arrays)])
-        assert served(client.post("/render?budget=0.9", content=body)) == (3, None)
+        assert served(client.post("/render?budget=0.9", content=body)) == (3, "out of distribution")
 
 
 def test_an_early_image_that_is_not_finite_leads_to_the_backbone(client, model, sample, backbone, monkeypatch):
@@ -209,7 +212,7 @@ def test_what_fails_in_the_server_has_a_status(client, sample, monkeypatch, erro
     def submit(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr(client.app.state.service.scheduler, "submit", submit)
+    monkeypatch.setattr(client.app.state.backend.scheduler, "submit", submit)
     reply = client.post("/render?threshold=1", content=npz(*sample))
     assert reply.status_code == status and message in reply.json()["error"]
     assert reply.headers.get("retry-after") == ("1" if status == 503 else None)
@@ -355,6 +358,63 @@ def test_replicas_under_ray_mix_up_no_requests():
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+class Died(Exception):
+    """Stands for what Ray raises when a replica dies."""
+
+
+class Handle:
+    """A handle of Ray Serve whose replicas die in the first calls, or after the first part."""
+
+    def __init__(self, deaths, parts=2):
+        self.deaths, self.parts, self.calls = deaths, parts, 0
+        self.render = self.draft_and_refine = self
+
+    def options(self, stream):
+        self.draft_and_refine = types.SimpleNamespace(remote=self._stream)
+        return self
+
+    async def remote(self, *_):
+        self.calls += 1
+        if self.calls <= self.deaths:
+            raise Died("the actor died")
+        return Reply(200, b"image", "image/png", {"X-Exit": "3"})
+
+    async def _stream(self, *_):
+        yield await self.remote()
+        if self.parts == 1:
+            raise Died("the actor died")
+        yield Reply(200, b"refined", "image/png")
+
+
+@pytest.fixture
+def fake_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    monkeypatch.setitem(sys.modules, "ray.exceptions", types.SimpleNamespace(RayError=Died))
+
+
+@pytest.mark.parametrize(("deaths", "status"), [(0, 200), (2, 200), (3, 500)])
+def test_another_replica_renders_what_one_that_died_has_left(fake_ray, deaths, status):
+    handle = Handle(deaths)
+    reply = asyncio.run(Replicas(handle, 5).render({}, {}, b""))
+    assert reply.status == status and handle.calls == min(deaths + 1, 3)
+    assert reply.headers.get("X-Attempts") == (str(deaths + 1) if status == 200 else None)
+
+
+@pytest.mark.parametrize(("deaths", "parts", "contents"), [(1, 2, [b"image", b"refined"]), (0, 1, [b"image"] * 2)])
+def test_drafts_are_refined_although_a_replica_dies(fake_ray, deaths, parts, contents):
+    async def collect():
+        return [part.content async for part in Replicas(Handle(deaths, parts), 5).draft_and_refine({}, {}, b"")]
+
+    assert asyncio.run(collect()) == contents
+
+
+def test_no_replica_in_time_is_a_time_out(fake_ray, monkeypatch):
+    handle = Handle(0)
+    monkeypatch.setattr(handle, "remote", lambda *_: asyncio.sleep(5))
+    reply = asyncio.run(Replicas(handle, 0.01).render({}, {}, b""))
+    assert reply.status == 504 and b"must be done within 0.01 s" in reply.content
 
 
 @pytest.mark.parametrize(("extra", "start"), [("uvicorn", run_uvicorn), ("ray", start_ray)])
