@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from retroexit.core.modules import wait_for
 from retroexit.errors import OptionError
 
 
@@ -91,10 +92,10 @@ def time_turns(call: Callable[[int], Any], exits: int, device: torch.device, run
     taken: list[list[float]] = [[] for _ in range(exits)]
     for turn in range(runs + 2):
         for k in range(exits):
-            _wait(device)
+            wait_for(device)
             begin = time.perf_counter()
             call(k + 1)
-            _wait(device)
+            wait_for(device)
             if turn >= 2:
                 taken[k].append(1000 * (time.perf_counter() - begin))
     return [sorted(row) for row in taken]
@@ -106,11 +107,6 @@ def time_exits(call: Callable[[int], Any], exits: int, batch: int, device: torch
     milliseconds = tuple(row[math.ceil(0.95 * len(row)) - 1] for row in rows[:-1])
     medians = tuple(map(median, rows))
     return Latency(milliseconds, batch, _name(device), torch.get_num_threads(), medians)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _name(device: torch.device) -> str:
