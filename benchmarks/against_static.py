@@ -1,228 +1,391 @@
 """Early exits against what people do instead: one decoder that was made smaller for all images.
 
-One run, the same data, the same number of training steps per network, the same windows, rates, loss and
-running average, the same metric, on the real latent decoder of ``examples/latent_decoder.py``:
+One run, on the real latent decoder of ``examples/latent_decoder.py``. All networks are branches of one decoder, so
+that data, steps, windows, rates, loss, running average and kind of start are the same for all:
 
-* thin student: the whole decoder, uniformly thin, its weights inherited as a branch inherits them;
-* student, longer: one of them trained for more steps (``--longer``), since all branches together have more
-  than one network;
-* Torch-Pruning: channels of least magnitude pruned over all layers, then trained likewise;
+* sub-pixel student: reads the latent itself, at several sizes;
+* thin student: the whole decoder, uniformly thin, its weights inherited and solved for;
+* Torch-Pruning: channels of least magnitude pruned over all layers;
 * one exit: every image through the same exit of ours;
-* oracle: every image through the cheapest exit that is good enough by its true loss;
-* ours by image: exits chosen by the predictor for a threshold;
-* ours by budget: exits chosen by the predictor for a price of compute.
+* by threshold, by budget: ours, exits chosen by the predictor;
+* oracle: every image through the cheapest exit that is good enough by its true loss.
 
-The guard against inputs out of distribution is off.
-Loss to the decoder's own image (mean, 95th percentile, share above 0.1) is set against mean MACs, everything
-counted, and against time, measured by turns in one process. Networks and losses are stored in ``--out`` as they
-are finished, so that an interrupted run resumes.
+The guard against inputs out of distribution is off. Everything is counted in MACs; times are CPU time as a share of the
+decoder's, single images by turns in one process. What is finished in ``--out`` is not done again.
 
-    python benchmarks/against_static.py --shared ../shared --out runs/static
+    python benchmarks/against_static.py --shared ../shared --out runs/static --seeds 0 1 2
 
-It needs Torch-Pruning: pip install 'retroexit[benchmarks]'.
+Torch-Pruning is left out where it is not installed: pip install 'retroexit[benchmarks]'.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import copy
+import importlib.util
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from cases import CASES, Case, shared_folder
-from common import argument_parser, machine_line, write_json
-from static import networks, show
-from static.measuring import Draw, Point, exit_points, network_point, seconds_of, thresholds_of
-from torch import Tensor
+from common import argument_parser, machine_line, take_turns, write_json
+from torch import Tensor, nn
 
 import retroexit
-from retroexit.core.samples import ImageRange, Samples
-from retroexit.evaluation.sweep import Evaluation
+from retroexit.branch.branch import Branch
+from retroexit.branch.builder import BranchSpec
+from retroexit.core.modules import count_macs
+from retroexit.evaluation.sweep import Array, Evaluation, OperatingPoint
 from retroexit.model import EarlyExitGenerator
-from retroexit.training.cache import FeatureCache
+from retroexit.plugins import hookimpl, host
+from retroexit.report.text_tables import table
+from retroexit.routing.policy import assign_by_budget
+from retroexit.split.segments import Tail
 
-_LATENT = ((3, 4, 6, 7, 8), (16, 20, 24, 28, 32), (16, 24, 36), (0.4, 0.7), 64, 16)
-EXITS = {  # stages, scales and the least width of ours; scales of the students; ratios of Torch-Pruning
-    "latent": _LATENT,
-    "mixed": _LATENT,
-    "tiny": ((1, 2), (8, 8), (8, 12), (0.25,), 16, 4),
-}
+LIMIT = 0.1
 LIMITS = (0.03, 0.05, 0.07, 0.1, 0.15)
+OURS = ("one exit", "by threshold", "by budget")
+STUDENT, THIN, PRUNED = "sub-pixel student", "thin student", "Torch-Pruning"
+STYLES = {
+    STUDENT: ("#D55E00", "s-"),
+    THIN: ("#009E73", "v-"),
+    PRUNED: ("#CC79A7", "^-"),
+    "one exit": ("#222222", "o--"),
+    "by threshold": ("#0072B2", "-"),
+    "by budget": ("#56B4E9", "-"),
+    "oracle": ("#BBBBBB", "-"),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is compared on a decoder.
+
+    Attributes:
+        attach_at: Stages behind which our exits sit.
+        macs: Share of the MACs of each of these routes.
+        students: Share of the MACs of each sub-pixel student.
+        scales: Width of each thin student.
+        ratios: Pruned share of the channels.
+    """
+
+    attach_at: tuple[int, ...] = (2, 3, 4, 5)
+    macs: tuple[float, ...] = (0.05, 0.08, 0.1, 0.15)
+    students: tuple[float, ...] = (0.05, 0.1, 0.15)
+    scales: tuple[float, ...] = (24 / 64,)
+    ratios: tuple[float, ...] = (0.7,)
+
+    @property
+    def statics(self) -> list[tuple[str, float]]:
+        """Kind and size of every network that does the same for all images."""
+        kinds = (STUDENT, self.students), (THIN, self.scales), (PRUNED, self.ratios)
+        return [(way, size) for way, sizes in kinds for size in sizes]
+
+
+SIZES = {"latent": Sizes(), "mixed": Sizes(), "tiny": Sizes((1, 2), (0.6, 0.7), (0.6,), (0.5,), (0.5,))}
+
+
+class Pruned(Branch):
+    """The rest of a decoder with fewer channels, pruned by magnitude over all layers."""
+
+    kind = "pruned"
+
+    def __init__(self, tail: Tail, feature: Tensor, scale: float) -> None:
+        import torch_pruning
+
+        super().__init__({"scale": scale})
+        self.tail = copy.deepcopy(tail).requires_grad_(True)
+        last = [module for module in self.tail.modules() if isinstance(module, nn.Conv2d)][-1]
+        torch_pruning.pruner.MagnitudePruner(
+            self.tail,
+            feature.detach(),
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
+            global_pruning=True,
+            pruning_ratio=1 - scale,
+            max_pruning_ratio=0.9,
+            round_to=4,  # the groups of the decoder's norms
+            ignored_layers=[last],
+        ).step()
+
+    def forward(self, feature: Tensor, *live: Tensor, guide: Tensor | None = None) -> Any:
+        """Render the image, see `Branch.forward`."""
+        return self.tail(feature)
+
+
+class Plugin:
+    """Registers the branch that Torch-Pruning makes."""
+
+    @hookimpl
+    def retroexit_branch_kinds(self) -> dict[str, Any]:
+        """Offer it by its name."""
+        return {Pruned.kind: build_pruned}
+
+
+def build_pruned(tail: Tail, cut: Any, values: Sequence[Tensor], spec: BranchSpec, plan: Any = None) -> Pruned:
+    """Make the branch, as `retroexit.branch.builder.build_branch` does."""
+    branch = Pruned(tail, values[0], spec.rule.scale if plan is None else plan["scale"])
+    branch.measure(values, None)
+    return branch.eval()
+
+
+def statics_of(case: Case, sizes: Sizes, seed: int) -> EarlyExitGenerator:
+    """Make all static networks: branches in front of the whole decoder, each at a place of its own."""
+    kinds = {STUDENT: "subpixel", THIN: "copy", PRUNED: Pruned.kind}
+    places = [nn.Identity() for _ in sizes.statics]
+    return _wrap(
+        case,
+        nn.Sequential(*places, *case.generator.children()).eval(),
+        [str(number) for number in range(len(places))],
+        [(1 - size if way == PRUNED else size) if way != STUDENT else 1.0 for way, size in sizes.statics],
+        branch=[kinds[way] for way, _ in sizes.statics],
+        macs=[size if way == STUDENT else None for way, size in sizes.statics],
+        stages=[name for name, _ in nn.Sequential(*places, *case.generator.children()).named_children()],
+        seed=seed,
+    )
+
+
+def ours_of(case: Case, sizes: Sizes, seed: int) -> EarlyExitGenerator:
+    """Make our exits."""
+    return _wrap(case, case.generator, sizes.attach_at, None, branch="subpixel", macs=sizes.macs, seed=seed)
+
+
+def _wrap(case: Case, generator: nn.Module, attach_at: Any, scale: Any, **options: Any) -> EarlyExitGenerator:
+    options |= {"min_channels": 4, "adapter": False, "image_range": case.image_range}
+    return retroexit.wrap(generator, attach_at, scale, example_inputs=(case.train[0][None],), **options)
+
+
+def measured(
+    model: EarlyExitGenerator, case: Case, folder: Path, arguments: argparse.Namespace, **settings: Any
+) -> Evaluation:
+    """Fit a model and measure all its exits, or read what was measured before."""
+    settings = {"losses": {"l1": 1.0, "quality": 1.0, "mse": 5.0}, "progress": False, **settings}
+    settings |= {name: getattr(arguments, name) for name in ("steps", "batch", "lr")}
+    settings |= {"crop": case.crop, "bfloat16": not arguments.float32}
+    retroexit.fit(model, case.train, folder, metric=case.metric, **settings)
+    model.router.ood_counter.enabled = False  # the guard is not compared
+    path = folder / "evaluation.json"
+    if not path.exists():
+        evaluation = retroexit.evaluate(
+            model, case.test, references=case.references, metric=case.metric, repeats=0, progress=False
+        )
+        path.write_text(evaluation.to_json())
+    return Evaluation.from_json(path.read_text())
 
 
 @dataclass
-class Run:
-    """What is compared, and where it is stored.
+class Point:
+    """One way of making images at one setting, with one seed.
 
     Attributes:
-        case: Decoder and latents.
-        training: How every network is trained.
-        arguments: Command line.
+        way: A key of `STYLES`.
+        setting: Size, ratio, exit, threshold or price.
+        share: Mean MACs of an image as a share of the decoder's, everything counted.
+        loss: Loss of every test image to the decoder's, ``(S,)``.
+        fidelity: PSNR, SSIM and the metric to the photographs, means; shares of the decoder's for the first two.
+        time: CPU time as a share of the decoder's, or ``None``.
     """
 
-    case: Case
-    training: networks.Training
-    arguments: argparse.Namespace
+    way: str
+    setting: float
+    share: float
+    loss: Array
+    fidelity: tuple[float, ...] | None = None
+    time: float | None = None
 
-    def __post_init__(self) -> None:
-        self.out: Path = self.arguments.out
-        self.latents = torch.stack(list(self.case.test))
-        self.limits = ImageRange(*self.case.image_range)
-        self.points: list[Point] = []
-        self.draws: list[tuple[Point, Draw]] = []
-        self.model: EarlyExitGenerator | None = None
-        self.taus: list[float] = []
-        with torch.no_grad():
-            images = [self.case.generator(x[None]) for x in self.latents]
-        self.targets = self.limits.to_signed(torch.cat(images))
+    @classmethod
+    def of(cls, way: str, setting: float, evaluation: Evaluation, point: OperatingPoint) -> Point:
+        """Read a point of an evaluation."""
+        fidelity = None
+        if evaluation.fidelity is not None:
+            own = evaluation.fidelity[np.arange(len(point.exit_of)), point.exit_of - 1].mean(0)
+            fidelity = (*(own[:2] / evaluation.fidelity[:, -1].mean(0)[:2]).tolist(), float(own[2]))
+        return cls(way, setting, point.share, point.loss_of, fidelity)
 
-    def stored(self, name: str, make: Any) -> list[Point]:
-        """Read points that were measured before, or measure and store them."""
-        path = self.out / "points" / f"{name}.json"
+    @property
+    def statistics(self) -> dict[str, float]:
+        """Mean, 95th percentile, and share above the limit."""
+        values = np.mean(self.loss), np.percentile(self.loss, 95), np.mean(self.loss > LIMIT)
+        return dict(zip(("mean", "p95", "above"), map(float, values), strict=True))
+
+
+def routed(evaluation: Evaluation, dense: int = 60) -> list[Point]:
+    """Route by thresholds, by prices of compute and by the true losses."""
+    levels = sorted({*LIMITS, *np.quantile(evaluation.need_predicted(), np.linspace(0, 1, dense)).tolist()})
+    points = [Point.of("by threshold", t, evaluation, evaluation.at_threshold(t)) for t in levels]
+    points += [Point.of("oracle", t, evaluation, evaluation.oracle(t)) for t in levels]
+    predicted = torch.from_numpy(evaluation.need_predicted())
+    shares = torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
+    for price in np.geomspace(1e-3, 1e2, 4 * dense).tolist():
+        at = evaluation.at_exits(assign_by_budget(predicted, shares, price).numpy(), price)
+        points.append(Point.of("by budget", price, evaluation, at))
+    return points
+
+
+def compare(case: Case, sizes: Sizes, seed: int, arguments: argparse.Namespace) -> list[Point]:
+    """Fit and measure everything with one seed."""
+    folder = arguments.out / f"seed-{seed}"
+    ours, statics = ours_of(case, sizes, seed), statics_of(case, sizes, seed)
+    own = measured(ours, case, folder / "ours", arguments, seed=seed, predictor_steps=arguments.predictor_steps)
+    other = measured(statics, case, folder / "static", arguments, seed=seed, predictor_steps=1)
+    points = [Point.of(way, size, other, other.fixed(exit)) for exit, (way, size) in enumerate(sizes.statics, 1)]
+    points += [Point.of("one exit", exit, own, own.fixed(exit)) for exit in range(1, len(sizes.macs) + 1)]
+    points += routed(own)
+    if arguments.repeats:
+        path = folder / "times.json"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            points = make()
-            path.write_text(json.dumps([p.plain() for p in points]))
-        fields = ("way", "setting", "macs", "loss")
-        return [Point(**{k: p[k] for k in fields}) for p in json.loads(path.read_text())]
-
-    def network(self, way: str, setting: float, draw: Draw) -> None:
-        """Measure a network that does the same for every image."""
-        name = f"{way.lower().replace(' ', '-')}-{setting:g}"
-        measure = partial(network_point, way, setting, draw, self.latents, self.targets, self.case.metric, self.limits)
-        (point,) = self.stored(name, lambda: [measure()])
-        self.points.append(point)
-        self.draws.append((point, draw))
-
-    def ours(self) -> None:
-        """Fit branches and predictor, measure all exits, and routing over them."""
-        attach_at, widths, *_, full, floor = EXITS[self.arguments.case]
-        scale = [width / full for width in widths]
-        model = self.model = networks.early_exits(self.case, attach_at, scale, floor, self.training, self.out / "ours")
-        model.router.ood_counter.enabled = False  # the guard is not compared
-        path = self.out / "ours" / "report" / "evaluation.json"
-        if not path.exists():
-            retroexit.evaluate(model, self.latents, path.parent, metric=self.case.metric, repeats=0)
-        evaluation = Evaluation.from_json(path.read_text())
-        self.points += exit_points(evaluation)
-        for point in [p for p in self.points if p.way == "one exit"]:
-            self.draws.append((point, partial(_at_exit, model, int(point.setting))))
-        taus = thresholds_of(evaluation, self.arguments.thresholds)
-        for tau in taus:  # the same thresholds again, to be timed
-            at = evaluation.at_threshold(tau)
-            point = Point("ours by image", tau, at.mean_macs, at.loss_of.tolist())
-            self.points.append(point)
-            self.draws.append((point, partial(_routed, model, tau, False)))
-        self.taus = taus
-
-    def rivals(self) -> None:
-        """Train and measure uniformly thin copies and pruned ones."""
-        *_, widths, ratios, full, floor = EXITS[self.arguments.case]
-        assert self.model is not None
-        samples = Samples(self.case.train, self.training.seed)
-        features = FeatureCache.build(self.model, samples, self.out / "ours" / "cache")
-        for width in self.arguments.widths or widths:
-            student = networks.Student(self.case, width / full, min(width, floor))
-            path = self.out / f"thin-{width}.safetensors"
-            self.network("thin student", width, networks.tuned(student, self.case, self.training, features, path))
-        if self.arguments.longer:
-            width = sorted(self.arguments.widths or widths)[len(self.arguments.widths or widths) // 2]
-            long = dataclasses.replace(self.training, steps=self.arguments.longer)
-            student = networks.Student(self.case, width / full, min(width, floor))
-            path = self.out / f"thin-{width}-longer.safetensors"
-            self.network("student, longer", width, networks.tuned(student, self.case, long, features, path))
-        for ratio in ratios if self.arguments.ratios is None else self.arguments.ratios:
-            network, path = networks.prune(self.case, ratio), self.out / f"pruned-{ratio:g}.safetensors"
-            self.network("Torch-Pruning", ratio, networks.tuned(network, self.case, self.training, features, path))
-
-    def time(self) -> float:
-        """Time all ways by turns; gives the backbone's seconds."""
-        count = min(self.arguments.timed, len(self.latents))
-        some = self.latents[np.linspace(0, len(self.latents) - 1, count).round().astype(int)]
-        draws: list[Draw] = [self.case.generator, *(draw for _, draw in self.draws)]
-        backbone, *seconds = seconds_of(draws, some, self.arguments.repeats)
-        for (point, _), own in zip(self.draws, seconds, strict=True):
-            point.seconds = own
-        return backbone
+            path.write_text(json.dumps(times(case, ours, statics, sizes, arguments)))
+        taken = json.loads(path.read_text())
+        for point in points:
+            point.time = taken.get(f"{point.way} {point.setting:g}")
+    return points
 
 
-def _at_exit(model: EarlyExitGenerator, exit: int, latents: Tensor) -> Tensor:
-    return model.image(model.route((latents,), {}, exit=exit))
+@torch.no_grad()
+def times(
+    case: Case, ours: EarlyExitGenerator, statics: EarlyExitGenerator, sizes: Sizes, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Time all ways by turns: CPU time as a share of the decoder's, medians over turns, means over images."""
+    rows = np.linspace(0, len(case.test) - 1, arguments.timed).round().astype(int)
+    images = [case.test[row][None] for row in rows]
+    sides: dict[str, Any] = {"decoder": lambda turn: case.generator(images[turn % len(images)])}
+
+    def add(name: str, model: EarlyExitGenerator, **options: Any) -> None:
+        sides[name] = lambda turn: model.route((images[turn % len(images)],), {}, **options)
+
+    for exit, (way, size) in enumerate(sizes.statics, 1):
+        add(f"{way} {size:g}", statics, exit=exit)
+    for exit in range(1, len(sizes.macs) + 1):
+        add(f"one exit {exit:g}", ours, exit=exit)
+    for tau in LIMITS:
+        add(f"by threshold {tau:g}", ours, threshold=tau)
+    taken = take_turns(sides, arguments.repeats * len(images))
+    seconds = {name: np.median(t[1].reshape(-1, len(images)), 0).mean() for name, t in taken.items()}
+    return {name: float(value / seconds["decoder"]) for name, value in seconds.items()}
 
 
-def _routed(model: EarlyExitGenerator, tau: float, latents: Tensor) -> Tensor:
-    return model.image(model.routed(latents, threshold=tau)[0])
+def best(points: Sequence[Point], share: float, statistic: str, ways: Sequence[str] = OURS) -> float | None:
+    """Least value that any setting of some ways gives at no more MACs; settings are chosen knowing the losses."""
+    values = [p.statistics[statistic] for p in points if p.way in ways and p.share <= share * (1 + 1e-9)]
+    return min(values, default=None)
+
+
+def floor(points: Sequence[Point], way: str, limit: float, allowed: float = 0.05) -> float | None:
+    """Least share of MACs with which no more than a share of the images lose more than a limit."""
+    return min((p.share for p in points if p.way == way and np.mean(p.loss > limit) <= allowed), default=None)
+
+
+def spread(values: Sequence[float | None], form: str = "{:.4f}") -> str:
+    """Format the mean over seeds, with the smallest and largest; a dash if any is missing."""
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values) or not numbers:
+        return "-"
+    shown = form.format(float(np.mean(numbers)))
+    return shown if len(numbers) == 1 else f"{shown} ({form.format(min(numbers))}-{form.format(max(numbers))})"
+
+
+def points_table(seeds: Sequence[Sequence[Point]]) -> str:
+    """Set every static network, exit and timed threshold beside the best of ours that costs no more MACs."""
+    chosen = [
+        [p for p in points if p.way in (STUDENT, THIN, PRUNED, "one exit") or (p.way, p.setting) in _THRESHOLDS]
+        for points in seeds
+    ]
+    rows = []
+    for same in zip(*chosen, strict=True):
+        first = same[0]
+        row = [first.way, f"{first.setting:.3g}", spread([p.share for p in same], "{:.1%}")]
+        row.append(spread([p.time for p in same], "{:.1%}"))
+        for name, form in (("mean", "{:.4f}"), ("p95", "{:.4f}"), ("above", "{:.0%}")):
+            row.append(spread([p.statistics[name] for p in same], form))
+        for number, form in enumerate(("{:.1%}", "{:.1%}", "{:.4f}")):
+            row.append(spread([p.fidelity and p.fidelity[number] for p in same], form))
+        for name in ("mean", "p95"):
+            ours = [best(points, p.share, name) for points, p in zip(seeds, same, strict=True)]
+            row.append(spread(ours) if first.way in (STUDENT, THIN, PRUNED) else "")
+        rows.append(row)
+    head = ["way", "setting", "MACs", "time", "mean", "95 %", f"> {LIMIT:g}", "PSNR", "SSIM", "LPIPS to photograph"]
+    return table([*head, "ours, no dearer: mean", "95 %"], rows)
+
+
+_THRESHOLDS = {("by threshold", tau) for tau in LIMITS}
+
+
+def floors_table(seeds: Sequence[Sequence[Point]]) -> str:
+    """Set what every way must spend to keep 95 % of the images below a limit."""
+    ways = [way for way in STYLES if any(point.way == way for point in seeds[0])]
+    rows = [
+        [f"{limit:g}", *(spread([floor(points, way, limit) for points in seeds], "{:.1%}") for way in ways)]
+        for limit in LIMITS
+    ]
+    return table(["limit", *ways], rows)
+
+
+def draw(points: Sequence[Point], path: Path, title: str) -> None:
+    """Plot mean and 95th percentile against MACs and time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    labels = {"mean": "mean LPIPS", "p95": "95th percentile of LPIPS"}
+    for line, cost in zip(figure.subplots(2, 2), ("share", "time"), strict=True):
+        for axes, statistic in zip(line, labels, strict=True):
+            for way, (colour, style) in STYLES.items():
+                mine = [p for p in points if p.way == way and getattr(p, cost) is not None and p.share < 0.5]
+                mine.sort(key=lambda p: getattr(p, cost))
+                x, y = [100 * getattr(p, cost) for p in mine], [p.statistics[statistic] for p in mine]
+                axes.plot(x, y, style, color=colour, label=way, lw=4 if way == "oracle" else 1.8)
+            unit = "mean MACs" if cost == "share" else "measured time"
+            axes.set(xlabel=f"{unit}, % of the decoder's", ylabel=labels[statistic], yscale="log")
+            axes.grid(alpha=0.3)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is missing, measure, print, plot."""
+    """Fit what is missing, measure, print, plot."""
     arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
-    case = CASES[arguments.case](arguments.shared, arguments.out)
-    training = networks.Training(
-        arguments.steps, arguments.batch, arguments.crop, arguments.lr, arguments.seed, not arguments.float32
-    )
-    run = Run(case, training, arguments)
-    run.ours()
-    run.rivals()
-    seconds = run.time() if arguments.repeats else None
-    macs = float(_backbone_macs(case))
-    timed = [cost for cost in ("macs", "seconds") if cost == "macs" or seconds is not None]
-    verdicts = {cost: show.verdicts(run.points, cost) for cost in timed}
-    about = {
-        "arguments": {k: str(v) for k, v in vars(arguments).items()},
-        "metric": case.metric.describe(),
-        "images": len(run.latents),
-        "backbone": {"macs": macs, "seconds": seconds},
-    }
-    points = [p.plain() for p in run.points]
-    write_json(arguments.json or arguments.out / "static.json", about=about, points=points, verdicts=verdicts)
-    windows = "whole images" if training.crop is None else f"windows of {training.crop} pixels"
-    title = (
-        f"{training.steps} steps per network on {windows}, {training.batch} per step; "
-        f"{len(run.latents)} test images; {arguments.threads} thread"
-    )
-    show.draw(run.points, macs, seconds, arguments.out / "static.png", title)
-    print(f"{title}; {machine_line()}")
-    print(show.points_table(run.points, macs, seconds))
-    print("MACs that keep 95 % of the images below a limit, the best setting of each way:")
-    print(show.floors_table(run.points, macs, LIMITS))
-    print("theirs, and the best of ours that costs no more:")
-    print(show.verdicts_table(verdicts["macs"], "macs", 1e9, macs))
-    if seconds is not None:
-        print(show.verdicts_table(verdicts["seconds"], "seconds", 1e-3, seconds))
-
-
-def _backbone_macs(case: Case) -> int:
-    from retroexit.core.modules import count_macs
-
-    args, _ = Samples(case.test).gather([0])
-    return count_macs(case.generator, *args)
+    if not any(info.name == "static" for info in host().installed()):
+        host().register(Plugin(), "static")
+    case, sizes = CASES[arguments.case](arguments.shared, arguments.out), SIZES[arguments.case]
+    if importlib.util.find_spec("torch_pruning") is None:
+        print("Torch-Pruning is not installed and left out")
+        sizes = replace(sizes, ratios=())
+    seeds = []
+    for seed in arguments.seeds:
+        seeds.append(compare(case, sizes, seed, arguments))
+        about = f"{arguments.steps} steps per network, {arguments.batch} windows each; {len(case.test)} test images"
+        print(f"{about}; seeds {arguments.seeds[: len(seeds)]}; {machine_line()}")
+        print(points_table(seeds))
+        print("MACs that keep 95 % of the images below a limit, the best setting of each way:")
+        print(floors_table(seeds), flush=True)
+    draw(seeds[0], arguments.out / "static.png", about)
+    rows: list[Mapping[str, Any]] = [
+        {"seed": seed, "way": p.way, "setting": p.setting, "share": p.share, "time": p.time, **p.statistics}
+        for seed, points in zip(arguments.seeds, seeds, strict=True)
+        for p in points
+    ]
+    decoder = count_macs(case.generator, case.test[0][None])
+    write_json(arguments.json or arguments.out / "static.json", macs=decoder, points=rows)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
-    parser.add_argument("--case", choices=sorted(EXITS), default="latent")
+    parser.add_argument("--case", choices=sorted(SIZES), default="latent")
     parser.add_argument("--shared", type=Path, default=shared_folder(), help="folder with weights and data")
     parser.add_argument("--out", type=Path, default=Path("runs/static"))
-    parser.add_argument("--widths", type=int, nargs="*", help="channels of the thin students")
-    parser.add_argument("--ratios", type=float, nargs="*", help="pruning ratios")
-    parser.add_argument("--steps", type=int, default=500, help="per network; each branch is one")
-    parser.add_argument("--longer", type=int, help="train the middle student once more, for so many steps")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--crop", type=int, help="side of training windows; whole images without it")
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1500, help="per network; each branch is one")
+    parser.add_argument("--predictor-steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
-    parser.add_argument("--thresholds", type=int, default=8, help="thresholds of ours that are rendered")
     parser.add_argument("--timed", type=int, default=4, help="images to time")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns per image; 0: no times")
+    parser.add_argument("--repeats", type=int, default=9, help="timed turns per image; 0: no times")
     return parser.parse_args(argv)
 
 

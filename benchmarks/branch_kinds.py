@@ -1,133 +1,166 @@
-"""Kinds of branches at equal MACs, on the decoder of taef2: loss, share of MACs, share of time.
+"""Kinds of branches at equal MACs and at equal time, on four trained generators: loss, share of MACs, share of time.
 
-All are fitted in the same way and for as many steps. The time of a route is a share of the backbone's, by turns.
+    python benchmarks/branch_kinds.py --steps 300 --seeds 3 --json runs/branch-kinds.json
 
-    python benchmarks/branch_kinds.py --steps 1500 --seeds 3
+The copy at the first exit of each example sets both budgets: a sub-pixel branch and one that skips stages may cost as
+many MACs, and a second sub-pixel branch may take as much time. All are fitted in the same way and for as many steps.
+Times are CPU times of one call with one sample, by turns, as shares of the backbone's. A run that was interrupted goes
+on from its ``--json``.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cases
+import no_settings
 import numpy as np
 import torch
-from cases import latent_decoder
 from common import argument_parser, machine_line, take_turns, write_json
-from torch import Tensor, nn
+from no_settings import Example
+from torch import Tensor
 
 import retroexit
+from retroexit.core.samples import Samples
+from retroexit.errors import BranchError
 from retroexit.metrics import LPIPS
 from retroexit.model import EarlyExitGenerator
 from retroexit.report.text_tables import table
 
-KINDS = ("copy", "subpixel", "stitch")
+KINDS = ("copy", "subpixel", "subpixel, equal time", "stitch")
 
 
-def fitted(
-    decoder: nn.Module, train: Tensor, weights: Path, kind: str, seed: int, arguments: Any
-) -> tuple[EarlyExitGenerator, float]:
-    """Wrap and fit; returns the model, and the CPU seconds of its fit."""
-    scale, place = arguments.width / 64, [arguments.attach_at]
-    inputs: Any = {"min_channels": arguments.width, "image_range": (0.0, 1.0), "example_inputs": (train[:1],)}
-    target = retroexit.wrap(decoder, place, scale, seed=seed, **inputs)
-    model = target
-    if kind != "copy":
-        model = retroexit.wrap(decoder, place, branch=kind, macs=target.exits[0].share + 1e-9, seed=seed, **inputs)
-    begin = time.process_time()
+def upscaler(shared: Path, out: Path) -> Example:
+    """Crops of street photographs through Real-ESRGAN x4plus."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples/upscaler"))
+    import exits
+
+    train, test = (exits.crops(split, shared, count, (32, 32)) for split, count in (("train", 32), ("test", 16)))
+    hand = {"copy": {"attach_at": ("body.1",), "scale": 16 / 64, "min_channels": 16}}
+    return Example(exits.real_esrgan(), train, test, (0.0, 1.0), 96, hand)
+
+
+MAKE = {**no_settings.MAKE, "upscaler": upscaler}
+
+
+def sizes(example: Example) -> dict[str, Any]:
+    """How `wrap` makes the copy that sets the budgets: the example's first exit."""
+    hand = next(iter(example.hand.values()))
+    scale = hand["scale"][0] if isinstance(hand["scale"], (list, tuple)) else hand["scale"]
+    return {"attach_at": hand["attach_at"][:1], "scale": scale, "min_channels": hand["min_channels"]}
+
+
+def cost(model: EarlyExitGenerator, example: Example, turns: int) -> tuple[float, float]:
+    """MACs and time of the first exit as shares of the backbone's."""
+    args, kwargs = Samples(example.test).gather([0])
+    sides: dict[str, Callable[[int], Any]] = {
+        "backbone": lambda _: model.generator(*args, **kwargs),
+        "exit": lambda _: model(*args, exit=1, **kwargs),
+    }
+    with torch.no_grad():
+        times = {side: float(np.median(t[1])) for side, t in take_turns(sides, turns).items()}
+    return model.exits[0].share, times["exit"] / times["backbone"]
+
+
+def settings_of(kind: str, example: Example, turns: int) -> dict[str, Any]:
+    """Options of `wrap` for a kind of branch within the budget of the copy."""
+    copy = {**sizes(example), "self_test": False}
+    if kind == "copy":
+        return copy
+    place = {**copy, "branch": "stitch" if kind == "stitch" else "subpixel"}
+    macs, limit = cost(no_settings.wrapped(example, copy, 0), example, turns)
+    macs += 1e-9
+    if kind == "subpixel, equal time":
+        for _ in range(3):
+            share, taken = cost(no_settings.wrapped(example, {**place, "macs": macs}, 0), example, turns)
+            macs = min(0.9, share * (limit / taken))
+    return {**place, "macs": macs}
+
+
+def fitted(example: Example, settings: dict[str, Any], lr: float, seed: int, arguments: Any) -> dict[str, Any]:
+    """Fit one exit; returns its loss on test samples, its cost, and the CPU seconds of the fit."""
+    weights = arguments.shared / "data/weights/lpips_alex_v0.1.pth"
+    model, begin = no_settings.wrapped(example, settings, seed), time.process_time()
+    options: Any = {"steps": arguments.steps, "batch": arguments.batch, "crop": example.crop, "lr": lr, "seed": seed}
     with tempfile.TemporaryDirectory() as folder:
-        settings: Any = {"steps": arguments.steps, "crop": 64, "lr": arguments.lr, "seed": seed, "bfloat16": True}
-        retroexit.fit(model, train, folder, weights=weights, predictor_steps=1, progress=False, **settings)
-    return model, time.process_time() - begin
+        options |= {"weights": weights, "predictor_steps": 1, "progress": False, "bfloat16": True}
+        retroexit.fit(model, example.train, folder, **options)
+    seconds, losses = time.process_time() - begin, []
+    metric, (low, high) = LPIPS(net="alex", weights=weights), example.limits
+    signed: Callable[[Tensor], Tensor] = lambda x: (2 * (x - low) / (high - low) - 1).clamp(-1, 1)  # noqa: E731
+    with torch.no_grad():
+        for first in range(0, len(example.test), 8):
+            some = Samples(example.test[first : first + 8])
+            args, kwargs = some.gather(range(len(some)))
+            images = (signed(model.image(output)) for output in model.all_exits(*args, **kwargs))
+            losses.append(metric(*images))
+    loss, (macs, taken) = torch.cat(losses).numpy(), cost(model, example, arguments.turns)
+    found = {"lpips": float(loss.mean()), "p90": float(np.quantile(loss, 0.9)), "macs": macs, "time": taken}
+    return {**found, "fit_s": seconds, "widths": list(model.exits[0].widths[:6])}
 
 
-@torch.no_grad()
-def losses(model: EarlyExitGenerator, test: Tensor, metric: LPIPS) -> np.ndarray:
-    """Loss of the first exit to the backbone on every sample."""
-    parts = [metric(2 * model(x, exit=1) - 1, 2 * model(x) - 1) for x in test.split(8)]
-    return torch.cat(parts).numpy()
+def run(arguments: Any) -> list[dict[str, Any]]:
+    """Fit what has no row in the file of results yet; returns all rows."""
+    rows = json.loads(arguments.json.read_text())["rows"] if arguments.json and arguments.json.exists() else []
+    examples: dict[str, Example] = {}
+    settings: dict[tuple[str, str], dict[str, Any]] = {}
+    for seed in range(arguments.seeds):
+        for name in arguments.only:
+            for kind in arguments.kinds:
+                for lr in arguments.lr:
+                    key = {"generator": name, "kind": kind, "seed": seed, "lr": lr, "steps": arguments.steps}
+                    if any(key.items() <= row.items() for row in rows):
+                        continue
+                    if name not in examples:
+                        examples[name] = MAKE[name](arguments.shared, arguments.out)
+                    try:
+                        if (name, kind) not in settings:
+                            settings[name, kind] = settings_of(kind, examples[name], arguments.turns)
+                        rows.append({**key, **fitted(examples[name], settings[name, kind], lr, seed, arguments)})
+                    except BranchError as error:
+                        rows.append({**key, "skipped": str(error)})
+                    print(rows[-1], flush=True)
+                    write_json(arguments.json, rows=rows)
+    return rows
 
 
-def parse() -> Any:
-    """Read the options."""
-    parser = argument_parser(__doc__)
-    parser.add_argument("--shared", help="folder with data/weights and data/street")
-    parser.add_argument("--out", type=Path, default=Path("runs/latent"), help="folder of the latents")
-    parser.add_argument("--attach-at", type=int, default=3, help="stage behind which the branch sits")
-    parser.add_argument("--width", type=int, default=16, help="channels of the copy, of 64")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--train", type=int, default=120, help="photographs to fit on")
-    parser.add_argument("--test", type=int, default=60, help="photographs to test on")
-    parser.add_argument("--turns", type=int, default=30, help="timed calls of every route")
-    return parser.parse_args()
-
-
-def spread(values: Tensor, count: int) -> Tensor:
-    """Take samples spread over all drives."""
-    return values[np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)]
+def summary(rows: list[dict[str, Any]]) -> str:
+    """The means over the seeds."""
+    groups, lines = defaultdict(list), []
+    for row in rows:
+        if "skipped" not in row:
+            groups[row["generator"], row["kind"], row["lr"]].append(row)
+    for (name, kind, lr), group in groups.items():
+        mean = {key: np.mean([row[key] for row in group]) for key in ("macs", "time", "p90", "fit_s")}
+        shown = [f"{mean['macs']:.1%}", f"{mean['time']:.1%}", " ".join(f"{row['lpips']:.4f}" for row in group)]
+        lines.append([name, kind, f"{lr:g}", *shown, f"{mean['p90']:.4f}", f"{mean['fit_s']:.0f}"])
+    return table(["generator", "branch", "lr", "MACs", "time", "mean LPIPS by seed", "p90", "CPU s"], lines)
 
 
 def main() -> None:
-    """Fit both kinds with every seed, and print a table."""
-    arguments = parse()
+    """Fit all kinds with every seed, and print a table."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--shared", help="folder with data/weights and data/street")
+    parser.add_argument("--out", type=Path, default=Path("runs/no-settings"), help="folder of encoded samples")
+    parser.add_argument("--only", nargs="+", choices=MAKE, default=["latent", "street", "style", "upscaler"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, nargs="+", default=[2e-3])
+    parser.add_argument("--turns", type=int, default=15, help="timed calls of every route")
+    arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    example = latent_decoder()
-    shared = example.shared_folder(arguments.shared)
-    decoder, weights = example.load("decoder", shared), shared / "data/weights/lpips_alex_v0.1.pth"
-    train, test = (
-        spread(example.latents(split, shared, arguments.out), count)
-        for split, count in (("train", arguments.train), ("test", arguments.test))
-    )
-    metric, rows, numbers = LPIPS(net="alex", weights=weights), [], []
-    for seed in range(arguments.seeds):
-        models = {kind: fitted(decoder, train, weights, kind, seed, arguments) for kind in KINDS}
-        calls: dict[str, Any] = {
-            kind: lambda turn, model=model: model(test[turn % len(test)][None], exit=1)
-            for kind, (model, _) in models.items()
-        }
-        with torch.no_grad():
-            times = take_turns(
-                {"backbone": lambda turn: decoder(test[turn % len(test)][None]), **calls}, arguments.turns
-            )
-        backbone = np.median(times["backbone"][1])
-        for kind, (model, seconds) in models.items():
-            loss, exit_ = losses(model, test, metric), model.exits[0]
-            mean, high, share = (
-                float(loss.mean()),
-                float(np.quantile(loss, 0.9)),
-                float(np.median(times[kind][1]) / backbone),
-            )
-            numbers.append(
-                {
-                    "kind": kind,
-                    "seed": seed,
-                    "lpips": mean,
-                    "p90": high,
-                    "macs": exit_.share,
-                    "time": share,
-                    "fit_s": seconds,
-                }
-            )
-            shown = f"{mean:.4f}", f"{high:.4f}", f"{exit_.share:.1%}", f"{share:.1%}", f"{seconds:.0f}"
-            rows.append([kind, str(seed), *shown, " ".join(map(str, exit_.widths[:6]))])
-            print(*rows[-1], flush=True)
-    head = [
-        "branch",
-        "seed",
-        "mean LPIPS",
-        "p90",
-        "MACs of the route",
-        "time of the route",
-        "CPU s of the fit",
-        "widths",
-    ]
-    print(table(head, rows))
+    arguments.shared = cases.latent_decoder().shared_folder(arguments.shared)
+    print(summary(run(arguments)))
     print(machine_line())
-    write_json(arguments.json, settings={k: str(v) for k, v in vars(arguments).items()}, rows=numbers)
 
 
 if __name__ == "__main__":

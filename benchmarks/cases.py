@@ -30,6 +30,7 @@ class Case:
 
     Attributes:
         variants: Settings of guidance by name; without a guide is called "none".
+        references: Photographs that the test inputs were encoded from, or ``None``.
     """
 
     generator: nn.Module
@@ -42,6 +43,7 @@ class Case:
     image_range: tuple[float, float]
     crop: int | None
     variants: dict[str, retroexit.Guidance]
+    references: Sequence[Tensor] | None = None
 
     def wrap(self, guidance: retroexit.Guidance | None, seed: int = 0) -> EarlyExitGenerator:
         """Wrap the generator with or without a guide."""
@@ -68,14 +70,15 @@ def shared_folder() -> Path:
 def latent_case(shared: Path, out: Path) -> Case:
     """Street photographs through the latent decoder of examples/latent_decoder.py."""
     example = latent_decoder()
-    test = example.latents("test", shared, out)
+    test, photographs = example.latents("test", shared, out), example.photographs("test", shared)
+    rows = np.linspace(0, len(test) - 1, 48).round().astype(int)  # spread over the drives
     image = retroexit.Guidance(value_after="image", inject="every_stage", size=10_000, thin="random")
     slopes = dataclasses.replace(image, order=1, size=512, thin="kmeans")
     change = dataclasses.replace
     return Case(
         generator=example.load("decoder", shared),
         train=example.latents("train", shared, out),
-        test=test[np.linspace(0, len(test) - 1, 48).round().astype(int)],  # spread over the drives
+        test=test[rows],
         attach_at=(3, 6),
         scale=(16 / 64, 24 / 64),
         min_channels=16,
@@ -91,23 +94,27 @@ def latent_case(shared: Path, out: Path) -> Case:
             **{f"slopes-{size}": change(slopes, size=size) for size in (16, 64, 2048)},
             **{f"image-{size}": change(image, size=size) for size in (100, 1_000, 100_000)},
         },
+        references=[photographs[row] for row in rows],
     )
 
 
 def mixed_case(shared: Path, out: Path) -> Case:
     """Street photographs and as many talking heads, split by clip, through the same decoder."""
     street, path = latent_case(shared, out), out / "latents-heads.npz"
+    splits = json.loads((shared / "data/faces/clips.json").read_text(encoding="utf-8"))["splits"]
+
+    def frames(clips: Sequence[str], count: int) -> list[Path]:
+        files = [file for clip in clips for file in sorted((shared / "data/faces" / clip).glob("*.jpg"))]
+        return [files[row] for row in np.linspace(0, len(files) - 1, count).round().astype(int)]
+
+    middle = slice(64, 192)
+    beside = frames(splits["test"], len(street.test))
     if not path.exists():
         encoder = latent_decoder().load("encoder", shared)
-        splits = json.loads((shared / "data/faces/clips.json").read_text(encoding="utf-8"))["splits"]
-
-        def heads(clips: Sequence[str], count: int) -> Tensor:
-            frames = [file for clip in clips for file in sorted((shared / "data/faces" / clip).glob("*.jpg"))]
-            rows = np.linspace(0, len(frames) - 1, count).round().astype(int)
-            return torch.stack([encoded(encoder, frames[row], slice(64, 192)) for row in rows])
-
-        train = heads([*splits["train"], *splits["val"]], len(street.train))
-        np.savez(path, train=train, test=heads(splits["test"], len(street.test)))
+        files = {"train": frames([*splits["train"], *splits["val"]], len(street.train)), "test": beside}
+        np.savez(
+            path, **{name: torch.stack([encoded(encoder, f, middle) for f in part]) for name, part in files.items()}
+        )
     with np.load(path, allow_pickle=False) as stored:
         train, test = torch.from_numpy(stored["train"]), torch.from_numpy(stored["test"])
     return dataclasses.replace(
@@ -115,15 +122,21 @@ def mixed_case(shared: Path, out: Path) -> Case:
         train=torch.cat([torch.stack(list(street.train)), train]),
         test=torch.cat([torch.stack(list(street.test)), test]),
         variants={},
+        references=[*(street.references or ()), *(picture(file, middle) for file in beside)],
     )
+
+
+def picture(path: Path, rows: slice = slice(None), side: int | None = None) -> Tensor:
+    """Read some rows of a picture, or all of it, shrunk to a square: ``(3, H, W)`` in [0, 1]."""
+    image = Image.open(path).convert("RGB")
+    pixels = np.array(image if side is None else image.resize((side, side)))[rows]
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 @torch.no_grad()
 def encoded(encoder: nn.Module, path: Path, rows: slice = slice(None), side: int | None = None) -> Tensor:
     """Encode some rows of a picture, or all of it, shrunk to a square."""
-    image = Image.open(path).convert("RGB")
-    pixels = np.array(image if side is None else image.resize((side, side)))[rows]
-    return encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255)[0]
+    return encoder(picture(path, rows, side)[None])[0]
 
 
 def scene_case(shared: Path, out: Path) -> Case:

@@ -1,7 +1,7 @@
 """Load test of the server on loopback: throughput, latency, and whether requests are lost or mixed up.
 
 Clients send scenes of the demo's generator to its exits in turn, and compare every image with the one that the model
-renders in this process. With Ray, a replica is killed every few seconds; a client repeats a request that failed.
+renders in this process. With Ray, a replica is killed every few seconds; the server begins its requests again.
 
     python benchmarks/serving.py --requests 10000 --ray --replicas 2 --kill-every 5
 """
@@ -25,31 +25,43 @@ import torch
 
 import retroexit
 from retroexit.cli.serve import load_served
-from retroexit.demo.generator import load_scene_generator, scene_inputs
+from retroexit.demo.generator import CHANNELS, SceneGenerator, load_scene_generator, scene_inputs
 from retroexit.report.text_tables import table
 from retroexit.runtime.serve import start_ray
 
 SCENES, TOLERANCE, TRIES = 8, 1e-3, 200
+OUTCOMES = ("lost", "mixed up", "failed", "begun again")
+"""Requests without an image, with a wrong one, that a client had to repeat, that the server began again."""
 
 
-def generator():
+def demo():
     """The demo's generator and an example."""
     return load_scene_generator(), tuple(x[None] for x in scene_inputs(1, 1)[0])
 
 
-def prepare(folder):
+def small():
+    """The same with an eighth of the channels and random weights, which shows what the server itself costs."""
+    torch.manual_seed(0)
+    return SceneGenerator(tuple(c // 8 for c in CHANNELS)).eval(), demo()[1]
+
+
+def prepare(folder, generator):
     """Save a model whose branches are untrained; returns bodies and images of every scene and exit."""
-    made, example = generator()
-    model = retroexit.wrap(made, [1, 2, 3, 4], [1 / 4, 1 / 4, 1 / 3, 1 / 2], min_channels=12, example_inputs=example)
+    made, example = globals()[generator]()
+    model = retroexit.wrap(made, [1, 2, 3, 4], [1 / 4, 1 / 4, 1 / 3, 1 / 2], min_channels=4, example_inputs=example)
     model.save(folder)
     cases = []
     for scene in scene_inputs(SCENES, 2):
         buffer = io.BytesIO()
-        np.savez(buffer, labels=scene[0].numpy(), z=scene[1].numpy())
+        np.savez_compressed(buffer, labels=scene[0].numpy(), z=scene[1].numpy())
         for exit in range(1, len(model.exits) + 1):
             with torch.no_grad():
                 image = model(*(x[None] for x in scene), exit=exit)[0].numpy()
             cases.append((buffer.getvalue(), exit, image))
+    for exit in range(1, len(model.exits) + 1):  # the server says which exit an image is of
+        images = np.stack([image.ravel() for _, number, image in cases if number == exit])
+        gaps = [np.sort(np.abs(images - image).max(1))[1] for image in images]
+        assert min(gaps) > 2 * TOLERANCE, f"images must differ, so that none is taken for another, got {min(gaps)}"
     return cases
 
 
@@ -57,7 +69,7 @@ class Client:
     """One connection, made again after a failure."""
 
     def __init__(self, port):
-        self.port, self.connection, self.repeated = port, None, 0
+        self.port, self.connection, self.failed, self.begun_again = port, None, 0, 0
 
     def image(self, body, exit):
         """Post until an image comes."""
@@ -68,11 +80,12 @@ class Client:
                 self.connection.request("POST", f"/render?exit={exit}", body, {"Accept": "application/x-npy"})
                 reply = self.connection.getresponse()
                 content = reply.read()
+                self.begun_again += int(reply.headers.get("X-Attempts", 1)) - 1
                 if reply.status == 200 and int(reply.headers["X-Exit"]) == exit:
                     return np.load(io.BytesIO(content))
             except (OSError, http.client.HTTPException):
                 self.connection = None
-            self.repeated += 1
+            self.failed += 1
             time.sleep(0.1)
         return None
 
@@ -93,7 +106,8 @@ def measure(port, cases, requests, clients):
         with lock:
             milliseconds.extend(taken)
             counts.update(outcomes)
-            counts["repeated"] += client.repeated
+            counts["failed"] += client.failed
+            counts["begun again"] += client.begun_again
 
     threads = [threading.Thread(target=work, args=(first,)) for first in range(clients)]
     begin = time.perf_counter()
@@ -124,9 +138,9 @@ def wait_for(port):
 
 
 @contextmanager
-def uvicorn_server(folder, port):
+def uvicorn_server(folder, generator, port):
     """Run ``retroexit serve --no-ray`` as a process of its own."""
-    words = ["serve", str(folder), "--generator", f"{__file__}:generator", "--port", str(port), "--no-ray"]
+    words = ["serve", str(folder), "--generator", f"{__file__}:{generator}", "--port", str(port), "--no-ray"]
     with subprocess.Popen([sys.executable, "-m", "retroexit", *words], stdout=subprocess.DEVNULL) as process:
         try:
             yield
@@ -135,19 +149,20 @@ def uvicorn_server(folder, port):
 
 
 @contextmanager
-def ray_server(folder, port, replicas, kill_every):
+def ray_server(folder, generator, port, replicas, kill_every):
     """Run replicas under Ray Serve, and kill one every few seconds."""
     import ray
     from ray import serve
 
-    load = partial(load_served, folder, f"{__file__}:generator")
+    ray.init(include_dashboard=False)
+    load = partial(load_served, folder, f"{__file__}:{generator}")
     start_ray(load, host="127.0.0.1", port=port, replicas=replicas, options={})
     is_over, killed = threading.Event(), Counter()
 
     def kill():
         while not is_over.wait(kill_every):
-            states = serve.status().applications["retroexit"].deployments["retroexit"].replica_states
-            actors = [a for a in ray.util.list_named_actors(True) if a["name"].startswith("SERVE_REPLICA::")]
+            states = serve.status().applications["retroexit"].deployments["replica"].replica_states
+            actors = [a for a in ray.util.list_named_actors(True) if "SERVE_REPLICA::retroexit#replica#" in a["name"]]
             if states == {"RUNNING": replicas} and actors:  # the one before has been replaced
                 actor = actors[killed["replicas"] % len(actors)]
                 ray.kill(ray.get_actor(actor["name"], actor["namespace"]), no_restart=True)
@@ -174,23 +189,24 @@ def main():
     parser.add_argument("--ray", action="store_true", help="Ray Serve instead of one process under uvicorn")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--kill-every", type=float, default=0.0, help="seconds between two kills, 0 for none")
+    parser.add_argument("--generator", choices=("small", "demo"), default="small")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder, port = Path(place) / "model", free_port()
-        cases = prepare(folder)
-        server = uvicorn_server(folder, port)
+        cases = prepare(folder, options.generator)
+        server = uvicorn_server(folder, options.generator, port)
         if options.ray:
-            server = ray_server(folder, port, options.replicas, options.kill_every)
+            server = ray_server(folder, options.generator, port, options.replicas, options.kill_every)
         with server:
             wait_for(port)
-            measure(port, cases, 2 * len(cases), 4)  # warms up
+            measure(port, cases, len(cases), 4)  # warms up
             for clients in options.clients:
                 rate, taken, counts = measure(port, cases, options.requests, clients)
                 percentiles = [f"{np.percentile(taken, share):.0f}" for share in (50, 90, 99)]
-                outcomes = [str(counts[name]) for name in ("lost", "mixed up", "repeated")]
+                outcomes = [str(counts[name]) for name in OUTCOMES]
                 rows.append([str(clients), f"{rate:.1f}", *percentiles, *outcomes])
-    print(table(["clients", "images/s", "p50 ms", "p90 ms", "p99 ms", "lost", "mixed up", "repeated"], rows))
+    print(table(["clients", "images/s", "p50 ms", "p90 ms", "p99 ms", *OUTCOMES], rows))
 
 
 if __name__ == "__main__":

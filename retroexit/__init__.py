@@ -15,6 +15,7 @@ from retroexit.guidance.provider import Guidance
 from retroexit.load import from_pretrained
 from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import Description, hookimpl
+from retroexit.routing.policy import Time
 from retroexit.runtime import export, load_bundle
 from retroexit.stages.stage import Stage
 from retroexit.wrapping.exits import Exit
@@ -28,6 +29,7 @@ __all__ = [
     "RetroExitError",
     "RetroExitWarning",
     "Stage",
+    "Time",
     "disable",
     "draft",
     "enable",

@@ -71,6 +71,7 @@ class WrapSettings(TypedDict, total=False):
             the cache of a video decoder, which otherwise keep their size and layers in every branch.
         image_range: Smallest and largest pixel value; measured by default.
         self_test: Whether to check that the generator cut at every attach point reproduces its output bit for bit.
+        timed: Whether to time the stages on this machine and suggest attach points by time instead of MACs.
         seed: Seed of fresh weights.
     """
 
@@ -86,6 +87,7 @@ class WrapSettings(TypedDict, total=False):
     image_only: bool
     image_range: tuple[float, float] | None
     self_test: bool
+    timed: bool
     seed: int
 
 
@@ -163,6 +165,7 @@ def wrap_options(
     image_only: bool = False,
     image_range: tuple[float, float] | None = None,
     self_test: bool = True,
+    timed: bool = False,
     seed: int = 0,
 ) -> WrapOptions:
     """Complete the settings of a wrap with the description of the generator; ``sizes`` come from `_sizes`."""
@@ -188,6 +191,7 @@ def wrap_options(
         tap=tap,
         init=init,
         self_test=self_test,
+        timed=timed,
         seed=seed,
     )
 
@@ -235,6 +239,7 @@ def find_stages(
     *,
     image: Any = None,
     stages: Sequence[str] | None = None,
+    timed: bool = False,
 ) -> list[Stage]:
     """List the stages l_1..l_N of a generator, with cost, output shape and live values.
 
@@ -246,13 +251,15 @@ def find_stages(
         example_kwargs: Keyword inputs.
         image: Key of the image in its output, if it returns several maps.
         stages: Paths of l_1..l_N, where the search should not decide.
+        timed: Whether to time the stages on this machine too; ``is_suggested`` then goes by time instead of MACs.
 
     Returns:
         The stages, in order; those marked ``is_suggested`` are good places for branches.
 
     Reference: paper section 3.1.
     """
-    return list(read_generator(generator, example_inputs, example_kwargs, image=image, stages=stages).stages)
+    settings: Any = {"image": image, "stages": stages, "timed": timed}
+    return list(read_generator(generator, example_inputs, example_kwargs, **settings).stages)
 
 
 def read_generator(
@@ -262,6 +269,7 @@ def read_generator(
     *,
     image: Any = None,
     stages: Sequence[str] | None = None,
+    timed: bool = False,
 ) -> Decoder:
     """Read a generator as `wrap` does: its stages, and the execution that they were found in."""
     generator = check_generator(generator)
@@ -282,6 +290,7 @@ def read_generator(
         kwargs,
         stages=description.stages if stages is None else stages,
         image=description.image if image is None else image,
+        timed=timed,
     )
     cuts = [cut for _, cut in places(decoder, [s for s in decoder.stages if s.is_suggested], "after")]
     if decoder.replayed or not cuts:

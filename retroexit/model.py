@@ -329,7 +329,8 @@ class EarlyExitGenerator(nn.Module):
     @property
     def exits(self) -> list[Exit]:
         """The K branch exits, cheapest first, then the backbone."""
-        return list_exits(self.decomposition, self.branches, self.generator)
+        shares = None if self.latency is None else self.latency.shares()
+        return list_exits(self.decomposition, self.branches, self.generator, shares)
 
     # What fitting adds.
 
@@ -392,14 +393,17 @@ class EarlyExitGenerator(nn.Module):
         return self.calibration
 
     def measure_latency(self, *inputs: Any, runs: int = 20, **kwargs: Any) -> Latency:
-        """Time every exit ``runs`` times on this machine for calls like this one, for ``deadline_ms``.
+        """Time every exit ``runs`` times on this machine for calls like this one, for ``deadline_ms`` and `Time`.
 
-        The times, which are returned, are now part of the model and saved with it.
+        The times, which are returned, are now part of the model and saved with it. Call it again on another machine.
         """
         begun = self._begin(inputs, kwargs)
         rows = begun.samples
 
         def call(k: int) -> None:
+            if k > self.router.exits:
+                self.generator(*inputs, **kwargs)
+                return
             if self.predictor is None:
                 self.route(inputs, kwargs, exit=k)
                 return

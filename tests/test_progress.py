@@ -1,11 +1,13 @@
 """Progress without a terminal."""
 
+import time
+
 import pytest
 
 from retroexit.core import progress
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e9])
+@pytest.mark.parametrize("seconds", [0.0, 1e6])
 def test_without_a_terminal_a_line_is_written_now_and_then(monkeypatch, capsys, seconds):
     monkeypatch.setattr(progress, "_SECONDS", seconds)
     with progress.progress_bar(total=3, desc="work", show=True) as bar:
@@ -14,8 +16,18 @@ def test_without_a_terminal_a_line_is_written_now_and_then(monkeypatch, capsys, 
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("work: 3 of 3, ")
     assert [line[:12] for line in lines] == (
-        [f"work: {done} of 3" for done in (0, 1, 2, 3, 3)] if seconds == 0 else ["work: 0 of 3", "work: 3 of 3"]
+        [f"work: {done} of 3" for done in (0, 1, 2, 3)] if seconds == 0 else ["work: 0 of 3", "work: 3 of 3"]
     )
+
+
+def test_a_slow_step_is_shown_too(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "_SECONDS", 0.2)
+    text = ""
+    with progress.progress_bar(total=2, desc="work", show=True):
+        while "00:01 passed" not in text:
+            time.sleep(0.1)
+            text += capsys.readouterr().err
+    assert text.splitlines()[-1].startswith("work: 0 of 2, 00:01 passed")
 
 
 def test_it_can_be_switched_off(capsys):

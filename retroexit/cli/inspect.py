@@ -33,6 +33,7 @@ def inspect(
     shape: Annotated[list[str] | None, Option(help=_SHAPE)] = None,
     image: options.ImageKey = None,
     picture: Annotated[Path | None, Option(help="Draw the decoder to this file: .svg, .png or .pdf.")] = None,
+    timed: Annotated[bool, Option("--time", help="Time the stages too, and suggest exits by time.")] = False,
     facts: Annotated[Path | None, Option("--json", help="Write all facts to this file.")] = None,
 ) -> None:
     """Show the module tree of a generator with its stages: where exits can sit, what each can save at best.
@@ -49,7 +50,7 @@ def inspect(
         inputs = random_inputs(shape, generator)
     key = options.parse_image_key(image)
     args, kwargs = inputs or (None, None)
-    decoder = read_generator(generator, args, kwargs, image=key)
+    decoder = read_generator(generator, args, kwargs, image=key, timed=timed)
     typer.echo(decoder_table(decoder))
     if inputs is not None:
         checked = f"thop   {cross_check(generator, decoder.recording.macs, *inputs)}"
@@ -64,17 +65,17 @@ def inspect(
         with replacing(facts) as file:
             file.write((json.dumps(decoder_facts(decoder), indent=1) + "\n").encode())
         typer.echo(f"facts: {facts}")
-    typer.echo(_next_steps(decoder, target, factory_arguments, key))
+    typer.echo(_next_steps(decoder, target, factory_arguments, key, timed))
 
 
-def _next_steps(decoder: Decoder, target: str, arguments: str, image: Any) -> str:
+def _next_steps(decoder: Decoder, target: str, arguments: str, image: Any, timed: bool) -> str:
     """Lines to copy that wrap or fit the generator at the suggested attach points."""
     places = [stage.index for stage in decoder.stages if stage.is_suggested]
     if not places:
         return "\nOne stage alone has no place for an exit.\nnext: inspect a module with a stage after it"
-    keywords, options = "", ""
+    keywords, options = ", timed=True" if timed else "", f" --attach-at {','.join(map(str, places))}" if timed else ""
     if image is not None:
-        keywords, options = f", image={image!r}", f" --image {shlex.quote(str(image))}"
+        keywords, options = f"{keywords}, image={image!r}", f"{options} --image {shlex.quote(str(image))}"
     made = f" --args {shlex.quote(arguments)}" if arguments else ""
     return (
         f"\nto go on, with exits at the starred stages:\n  model = retroexit.wrap(generator{keywords})\n"

@@ -12,9 +12,10 @@ from retroexit.cli import options
 from retroexit.cli.load_target import choose_example, load_generator
 from retroexit.errors import OptionError
 from retroexit.model import EarlyExitGenerator
+from retroexit.runtime.application import application
 from retroexit.runtime.bundle import MANIFEST, Bundle
 from retroexit.runtime.scheduler import Scheduler
-from retroexit.runtime.serve import application, run_ray, run_uvicorn
+from retroexit.runtime.serve import run_ray, run_uvicorn
 
 Model: Any = options.group_of(
     load_generator,
@@ -45,6 +46,7 @@ def serve(
     timeout_s: Annotated[float, Option(min=0.001, help="Seconds until a request fails with status 504.")] = 30.0,
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen at.")] = 8000,
     replicas: Annotated[int, Option(min=1, help="Processes under Ray Serve.")] = 1,
+    max_replicas: Annotated[int | None, Option(min=1, help="Most processes, where the load decides.")] = None,
     no_ray: Annotated[bool, Option("--no-ray", help="Serve with this process alone, under uvicorn.")] = False,
 ) -> None:
     """Serve images over HTTP, with batches, metrics and a page to try thresholds.
@@ -52,15 +54,16 @@ def serve(
     Example:
         retroexit serve runs/decoder --generator mymodels:decoder --inputs mydata:test --no-ray
     """
-    if no_ray and replicas > 1:
-        raise OptionError(f"--replicas must be 1 with --no-ray, got {replicas}. Leave one of them out.")
+    if no_ray and (replicas > 1 or max_replicas is not None):
+        most = max(replicas, max_replicas or 1)
+        raise OptionError(f"--replicas must be 1 with --no-ray, got {most}. Leave one of them out.")
     load = functools.partial(load_served, folder.resolve(), **vars(model))
     settings = {"host": host, "port": port, "options": {**vars(batching), "timeout_s": timeout_s}, **vars(page)}
     typer.echo(f"serving {folder} at http://{host}:{port}")
     if no_ray:
         run_uvicorn(load, **settings)
     else:
-        run_ray(load, replicas=replicas, **settings)
+        run_ray(load, replicas=replicas, max_replicas=max_replicas, **settings)
 
 
 def load_served(

@@ -24,6 +24,12 @@ def device_of(module: nn.Module, default: torch.device | None = None) -> torch.d
     return next((p.device for p in module.parameters()), default or torch.device("cpu"))
 
 
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def without_autocast(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Switch `torch.autocast` off on a module's device."""
     kind = device_of(module).type

@@ -57,10 +57,17 @@ def measure(
     exits = model.exits
     with drawing_from(seed, device):
         args, kwargs = samples.gather([0])
-        seconds = None
+        seconds, predictor_seconds = None, None
         if repeats:
-            times = time_turns(lambda k: model.route(args, kwargs, exit=k), len(exits), device, repeats)
-            seconds = np.median(times, axis=1) / 1000
+            begun = model.split.begin(args, kwargs)
+
+            def call(k: int) -> Any:
+                return model.router.predict(begun) if k > len(exits) else model.route(args, kwargs, exit=k)
+
+            times = time_turns(call, len(exits) + (predicted is not None), device, repeats)
+            medians = np.median(times, axis=1) / 1000
+            seconds = medians[: len(exits)]
+            predictor_seconds = None if predicted is None else float(medians[-1])
         thop = cross_check(model.generator, exits[-1].macs, args, kwargs)
     evaluation = Evaluation(
         loss=losses.double().numpy(),
@@ -72,6 +79,7 @@ def measure(
         distance=None if distances is None else distances.double().numpy(),
         ood=run.is_ood.double().numpy(),
         seconds=seconds,
+        predictor_seconds=predictor_seconds,
         fidelity=None if run.fidelity is None else run.fidelity.double().numpy(),
         about={
             "generator": type(model.generator).__name__,

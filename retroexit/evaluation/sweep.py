@@ -37,6 +37,7 @@ class OperatingPoint:
     violations: float | None  # share of the samples whose true loss is above the threshold
     exit_of: npt.NDArray[np.int64]  # exit of each sample, (S,), from 1; K + 1 is the backbone
     loss_of: Array  # true loss of each sample at its exit, (S,); 0 at the backbone
+    time: float | None = None  # mean time, alone in a call, over the backbone's; predictor and retrieval as in the MACs
 
     def row(self) -> dict[str, Any]:
         """Return everything but the per-sample arrays as plain JSON types."""
@@ -58,6 +59,7 @@ class Evaluation:
         distance: Mean distance of each sample to its guide, shape ``(S,)``, or ``None``.
         ood: 1 for samples that are out of distribution and go to the backbone, else 0, shape ``(S,)``, or ``None``.
         seconds: Median wall-clock seconds of each route, shape ``(K + 1,)``, or ``None``.
+        predictor_seconds: Those of the predictor, or ``None``.
         about: Other facts: generator, data, seed, machine, versions.
         fidelity: PSNR in dB, SSIM and the metric of every exit's image to the sample's reference, shape
             ``(S, K + 1, 3)``, last exit = backbone; ``None`` without references.
@@ -74,6 +76,7 @@ class Evaluation:
     exits: list[dict[str, Any]] = field(default_factory=list)
     distance: Array | None = None
     seconds: Array | None = None
+    predictor_seconds: float | None = None
     about: dict[str, Any] = field(default_factory=dict)
     ood: Array | None = None
     fidelity: Array | None = None
@@ -222,6 +225,10 @@ class Evaluation:
         loss = with_backbone[np.arange(len(leave_at)), leave_at]
         predictor = 0.0 if tau is not None else self.overhead[-1]
         mean_macs = float((self.macs + self.overhead - predictor)[leave_at].mean())
+        time = None
+        if self.seconds is not None:
+            extra = 0.0 if tau is None else self.predictor_seconds or 0.0
+            time = float((self.seconds[leave_at].mean() + extra) / self.seconds[-1])
         share = mean_macs / float(self.macs[-1])
         return OperatingPoint(
             threshold=None if tau is None else float(tau),
@@ -232,6 +239,7 @@ class Evaluation:
             mean_loss=float(loss.mean()),
             p90_loss=float(np.percentile(loss, 90)),
             violations=None if tau is None else float((loss > tau).mean()),
+            time=time,
             exit_of=leave_at + 1,
             loss_of=loss,
         )
@@ -273,7 +281,8 @@ def promise_summary(
         bad = int((point.loss_of > tau).sum())
         # Seeing `bad` or more above is as likely as seeing `samples - bad` or fewer below.
         unlikely = most_violations(samples, 1 - calibration.alpha, 0.95) >= samples - bad
-        row = {"threshold": tau, "saved": point.saved, "mean_loss": point.mean_loss, "consistent": not unlikely}
+        row: dict[str, Any] = {"threshold": tau, "saved": point.saved, "time": point.time}
+        row |= {"mean_loss": point.mean_loss, "consistent": not unlikely}
         expected = evaluation.at_threshold(tau).saved
         rows.append({**row, "above": bad, "violations": bad / samples, "expected_saved": expected})
     shares = torch.from_numpy((evaluation.macs + evaluation.overhead) / evaluation.macs[-1])
@@ -289,7 +298,7 @@ def left_out_rows(calibration: Calibration, tau: float, shares: torch.Tensor) ->
     """
     rows = []
     for name, (exits, losses) in calibration.left_out(tau).items():
-        row = {"threshold": tau, "group": name, "samples": len(losses)}
+        row: dict[str, Any] = {"threshold": tau, "group": name, "samples": len(losses)}
         row |= {"violations": float((losses > tau).double().mean()), "saved": 1 - float(shares[exits - 1].mean())}
         rows.append(row)
     return rows

@@ -14,7 +14,7 @@ from retroexit.stages.stage import LiveSpan, live_spans
 
 _WIDTH: Final = 100
 _RUN: Final = 4  # a longer run of equal stages shows its ends only
-_MODULE, _CLASS, _PARAMETERS, _LIVE = 1, 2, 5, 10  # columns
+_MODULE, _CLASS, _PARAMETERS, _TIME, _ELAPSED, _LIVE = 1, 2, 5, 9, 10, 12  # columns
 _LEAST: Final = 12
 _NAME: Final = 16  # letters of a class to keep
 _LIVE_WIDTH: Final = 8
@@ -66,15 +66,17 @@ def shorten(text: str, width: int) -> str:
 def _table_of(parts: Sequence[Part], spans: Sequence[LiveSpan], total: int) -> str:
     unit, scale = unit_of(total)
     numbers = {span.name: i for i, span in enumerate(spans, 1)}
-    head = ["l", "module", "class", "size", "ch", "params", unit, "share", "up to", "saves", "live"]
+    head = ["l", "module", "class", "size", "ch", "params", unit, "share", "up to", "time", "up to", "saves", "live"]
     rows = [_row(part, total, scale, numbers) for part in _folded(parts)]
-    empty = {i for i in (_PARAMETERS, _LIVE) if not any(row[i] for row in rows)}
+    empty = {i for i in (_PARAMETERS, _TIME, _ELAPSED, _LIVE) if not any(row[i] for row in rows)}
     head, *rows = [[cell for i, cell in enumerate(row) if i not in empty] for row in (head, *rows)]
     _fit(head, rows)
     lines = [table(head, rows)]
     if any(part.stage is not None and part.stage.is_suggested for part in parts):
         lines.append("*      a good place for an exit")
     lines.append("up to  share of the MACs that is spent when the stage is done")
+    if _TIME not in empty:
+        lines.append("time   share of the measured time, and the share that has passed when the stage is done")
     lines.append("saves  what an exit there saves at best, its branch not yet counted")
     if spans:
         lines += ["live   what a branch there needs besides the feature:", *legend_of(spans)]
@@ -88,7 +90,7 @@ def _row(part: Part, total: int, scale: float, numbers: dict[str, int]) -> list[
     spent = [f"{part.macs / scale:.3f}", f"{100 * part.macs / max(total, 1):.1f}%"]
     if stage is None:
         shown = part.macs > 0 and not (part.is_opened and part.macs < 0.001 * total)
-        return ["", *name, "", "", held, *(spent if shown else ["", ""]), "", "", ""]
+        return ["", *name, "", "", held, *(spent if shown else ["", ""]), "", "", "", "", ""]
     return [
         f"{stage.index}{'*' if stage.is_suggested else ' '}",
         *name,
@@ -97,6 +99,7 @@ def _row(part: Part, total: int, scale: float, numbers: dict[str, int]) -> list[
         held,
         *spent,
         f"{100 * stage.cumulative:.1f}%",
+        *("" if share is None else f"{100 * share:.1f}%" for share in (stage.time, stage.elapsed)),
         f"{int(100 * stage.saves)}%",
         ranges([numbers[value] for value, _ in stage.live]),
     ]

@@ -9,12 +9,14 @@ from retroexit.wrapping.exits import table
 
 
 def sweep_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
-    """Show what routing saves at some thresholds, predictor and retrieval counted."""
-    rows = []
+    """Show what routing saves at some thresholds, predictor and retrieval counted; of the time where measured."""
+    rows, has_time = [], evaluation.seconds is not None
     for point in evaluation.sweep(thresholds):
+        savings = [_percent(point.saved), *[_saved(point.time)] * has_time]
         losses = [f"{point.mean_loss:.4f}", f"{point.p90_loss:.4f}", _percent(point.violations)]
-        rows.append([f"{point.threshold:g}", _percent(point.saved), *losses, " ".join(map(str, point.counts))])
-    return table(["threshold", "saved", "mean", "90 %", "violations", "samples per exit"], rows)
+        rows.append([f"{point.threshold:g}", *savings, *losses, " ".join(map(str, point.counts))])
+    saved = ["saved", *["of the time"] * has_time]
+    return table(["threshold", *saved, "mean", "90 %", "violations", "samples per exit"], rows)
 
 
 def fidelity_table(evaluation: Evaluation, thresholds: Sequence[float]) -> str:
@@ -55,12 +57,18 @@ def left_out_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def promise_table(promise: dict[str, Any]) -> str:
     """Show what held-out samples do under a promise, see `promise_summary`."""
-    rows = []
+    rows, has_time = [], any(row["time"] is not None for row in promise["rows"])
     for row in promise["rows"]:
-        cells = [f"{row['threshold']:g}", _percent(row["saved"]), f"{row['mean_loss']:.4f}"]
+        savings = [_percent(row["saved"]), *[_saved(row["time"])] * has_time]
+        cells = [f"{row['threshold']:g}", *savings, f"{row['mean_loss']:.4f}"]
         above = [f"{row['above']} of {promise['held_out']}", _percent(row["violations"])]
         rows.append([*cells, *above, "yes" if row["consistent"] else "no"])
-    return table(["threshold", "saved", "mean", "above", "violations", "consistent"], rows)
+    saved = ["saved", *["of the time"] * has_time]
+    return table(["threshold", *saved, "mean", "above", "violations", "consistent"], rows)
+
+
+def _saved(time: float | None) -> str:
+    return _percent(None if time is None else 1 - time)
 
 
 def _percent(share: float | None) -> str:

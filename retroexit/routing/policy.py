@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from retroexit.core.nested import is_number
 from retroexit.errors import OptionError, TrainingError
+from retroexit.routing.latency import Latency
 from retroexit.wrapping.options import OWN_KEYWORDS
 
 Policy = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -25,6 +26,49 @@ QUALITIES = {"lossless": 0.0, "high": 0.05, "draft": 0.15}
 """Names of thresholds: the largest loss that an image may have."""
 
 _PERCENT = 3  # a budget from here on is meant in percent
+_SHARES = {"budget": "compute", "share": "time"}  # what they are shares of
+
+
+@dataclass(frozen=True, eq=False)
+class Time:
+    """A budget of measured time: mean time to spend per sample, predictor and retrieval included.
+
+    It needs ``model.measure_latency``, in calls like these. A batch whose samples leave at different exits runs in
+    smaller parts, which may take longer.
+
+    Attributes:
+        share: As a share of the generator's time, ``> 0``; one number, or one per sample ``(N,)``.
+        ms: In milliseconds, ``> 0``, in place of ``share``.
+
+    Raises:
+        OptionError: If not one of both is given, or it is out of range.
+
+    Example:
+        >>> model(z, budget=retroexit.Time(0.3))
+        >>> model(z, budget=retroexit.Time(ms=25))
+    """
+
+    share: PerSample | None = None
+    ms: PerSample | None = None
+
+    def __post_init__(self) -> None:
+        if (self.share is None) == (self.ms is None):
+            raise OptionError(
+                f"a budget of time must be a share or milliseconds, got {self}. Pass Time(0.3) or Time(ms=25)."
+            )
+        for name in ("share", "ms"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _check_numbers(name, value))
+
+    def costs(self, latency: Latency) -> tuple[Tensor, float | Tensor]:
+        """Time of every exit ``(K + 1,)``, and the budget in the same unit."""
+        if self.share is not None:
+            return torch.tensor(latency.shares()), cast(float | Tensor, self.share)
+        return torch.tensor(latency.per_sample()), cast(float | Tensor, self.ms)
+
+    def __str__(self) -> str:
+        return f"Time(share={self.share}, ms={self.ms})" if self.ms is not None else f"Time({self.share})"
 
 
 class RoutingOptions(TypedDict, total=False):
@@ -35,8 +79,9 @@ class RoutingOptions(TypedDict, total=False):
         threshold: Largest quality loss to accept, ``>= 0``; one number, or one per sample ``(N,)``. With a
             `Calibration` it is a promise, without one it is compared with the predicted loss.
         budget: Mean share of the backbone's compute to spend, ``> 0``, predictor and retrieval included; one number, or
-            one per sample ``(N,)``. Exits are chosen so that inputs like the calibration set spend at most this on
-            average at the least predicted loss. A single batch may spend more or less.
+            one per sample ``(N,)``. Or a `Time`, measured on this machine. Exits are chosen so that inputs like the
+            calibration set spend at most this on average at the least predicted loss. A single batch may spend more or
+            less.
         deadline_ms: Milliseconds that the call may take, ``> 0``, according to the measured `Latency`. Alone, it takes
             the last exit that is fast enough. With a threshold or a budget it limits what they choose. The whole batch
             leaves at one exit.
@@ -45,7 +90,7 @@ class RoutingOptions(TypedDict, total=False):
 
     exit: int | None
     threshold: PerSample | None
-    budget: PerSample | None
+    budget: PerSample | Time | None
     deadline_ms: float | None
     choose: Policy | None
 
@@ -60,15 +105,17 @@ class RoutingRequest:
 
     exit: int | None = None
     threshold: float | Tensor | None = None
-    budget: float | Tensor | None = None
+    budget: float | Tensor | Time | None = None
     deadline_ms: float | None = None
     choose: Policy | None = None
 
     def __post_init__(self) -> None:
-        goals = {}
+        goals: dict[str, Any] = {}
         for name in OWN_KEYWORDS[1:]:  # NumPy's numbers become Python's
             value = getattr(self, name)
-            if value is not None:
+            if isinstance(value, Time):
+                goals[name] = value
+            elif value is not None:
                 check = check_number if name == "deadline_ms" else _check_numbers
                 goals[name] = check(name, value)
                 object.__setattr__(self, name, goals[name])
@@ -147,10 +194,10 @@ def check_number(name: str, value: float) -> float:
     if not is_number(value) or not 0 <= value < float("inf") or (value == 0 and not is_zero_allowed):
         bound = ">= 0" if is_zero_allowed else "> 0"
         raise OptionError(f"{name} must be a finite number {bound}, got {value!r}.")
-    if name == "budget" and value >= _PERCENT:
+    if name in _SHARES and value >= _PERCENT:
         raise OptionError(
-            f"budget must be a share of the backbone's compute, such as 0.5, got {value!r}. Pass {value / 100:g} "
-            f"for {value:g} %."
+            f"{name} must be a share of the backbone's {_SHARES[name]}, such as 0.5, got {value!r}. Pass "
+            f"{value / 100:g} for {value:g} %."
         )
     return float(value)
 
@@ -205,12 +252,12 @@ def assign_exits(predicted: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def assign_by_budget(predicted: Tensor, shares: Tensor, multiplier: float | Tensor) -> Tensor:
-    """Pick for each sample the exit of the least predicted loss plus multiplier times compute; of equals, the cheapest.
+    """Pick for each sample the exit of the least predicted loss plus multiplier times cost; of equals, the cheapest.
 
     Args:
         predicted: Predicted loss of each branch exit, ``(N, K)``; where none is finite, the backbone is picked.
-        shares: Compute of every exit as a share of the backbone's, ``(K + 1,)``.
-        multiplier: Loss that the backbone's whole compute has to save, ``>= 0``; infinite for the cheapest exit. One
+        shares: Cost of every exit as a share of the backbone's, or in another unit, ``(K + 1,)``.
+        multiplier: Loss that one unit of cost has to save, ``>= 0``; infinite for the cheapest exit. One
             for all, or one per sample ``(N,)``.
 
     Returns:
@@ -228,7 +275,7 @@ def assign_by_budget(predicted: Tensor, shares: Tensor, multiplier: float | Tens
 def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> float:
     """Find the lowest multiplier at which samples spend a budget on average, see `assign_by_budget`.
 
-    Takes their predicted losses ``(S, K)``, the shares of compute ``(K + 1,)`` and the mean share that may be spent.
+    Takes their predicted losses ``(S, K)``, the costs ``(K + 1,)`` and the mean cost that may be spent.
 
     Raises:
         OptionError: If even the cheapest exit for all costs more.
@@ -240,7 +287,7 @@ def lagrange_multiplier(predicted: Tensor, shares: Tensor, budget: float) -> flo
     low, high = 0.0, float("inf")
     if spent(high) > budget * (1 + 1e-6):  # shares are float32
         raise OptionError(
-            f"budget must be >= {spent(high):.3f}, the share of the cheapest exit with predictor and retrieval, "
+            f"budget must be >= {spent(high):.3f}, the cost of the cheapest exit with predictor and retrieval, "
             f"got {budget:g}. Allow more, or wrap with a cheaper exit."
         )
     if spent(low) <= budget:

@@ -17,7 +17,7 @@ from retroexit.guidance.provider import GuideProvider
 from retroexit.retrieval import SearchResult
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency
-from retroexit.routing.policy import RoutingRequest, assign_by_budget, assign_exits, check_exit
+from retroexit.routing.policy import RoutingRequest, Time, assign_by_budget, assign_exits, check_exit
 from retroexit.routing.predictor import OODCounter, Predictor
 from retroexit.routing.render import Choice
 from retroexit.split.split import Begun
@@ -152,7 +152,7 @@ class Router(nn.Module):
         if request.threshold is not None:
             return assign_exits(losses, self._limits(losses, request.threshold))
         assert request.budget is not None
-        return assign_by_budget(losses, self.shares(), self._multipliers(losses, request.budget))
+        return self._by_budget(losses, request.budget)
 
     def _limits(self, losses: Tensor, threshold: float | Tensor) -> Tensor:
         """Largest prediction that each exit may have under a threshold, ``(K,)`` or ``(N, K)``."""
@@ -163,16 +163,21 @@ class Router(nn.Module):
             return threshold.to(losses)[:, None].expand_as(losses)
         return losses.new_full((losses.shape[1],), float(threshold))
 
-    def _multipliers(self, losses: Tensor, budget: float | Tensor) -> Tensor:
-        """Lagrange multipliers at which inputs like the calibration set spend a budget on average."""
+    def _by_budget(self, losses: Tensor, budget: float | Tensor | Time) -> Tensor:
+        """Spend a budget on inputs like the calibration set on average."""
         if self.calibration is None:
             raise TrainingError(
                 f"budget={budget} needs a calibration, but the model has none. Call model.calibrate(inputs) first."
             )
+        costs = self.shares()
+        if isinstance(budget, Time):
+            latency = self._measured(f"budget={budget}")
+            latency.check(f"budget={budget}", latency.batch, losses.device)
+            costs, budget = budget.costs(latency)
         _check_count(budget, "budget", losses)
-        shares, budgets = self.shares(), torch.as_tensor(budget, dtype=torch.float64)
-        multipliers = [self.calibration.lagrange_multiplier(shares, b) for b in budgets.reshape(-1).tolist()]
-        return torch.tensor(multipliers, dtype=torch.float64, device=losses.device)
+        budgets = torch.as_tensor(budget, dtype=torch.float64)
+        multipliers = [self.calibration.lagrange_multiplier(costs, b) for b in budgets.reshape(-1).tolist()]
+        return assign_by_budget(losses, costs, torch.tensor(multipliers, dtype=torch.float64))
 
     def _check_guides(
         self, exits: Tensor, retrieved: SearchResult | None, begun: Begun
@@ -189,12 +194,16 @@ class Router(nn.Module):
         return exits.masked_fill(is_far, self.exits), retrieved, is_far
 
     def _last_in_time(self, deadline_ms: float, exits: Tensor) -> int:
+        latency = self._measured(f"deadline_ms={deadline_ms:g}")
+        return latency.last_within(deadline_ms, len(exits), exits.device)
+
+    def _measured(self, option: str) -> Latency:
         if self.latency is None:
             raise TrainingError(
-                f"deadline_ms={deadline_ms:g} needs measured times, but the model has none. Call "
-                "model.measure_latency(*inputs) on this machine first."
+                f"{option} needs measured times, but the model has none. Call model.measure_latency(*inputs) on this "
+                "machine first."
             )
-        return self.latency.last_within(deadline_ms, len(exits), exits.device)
+        return self.latency
 
     def _check_promise(
         self, prediction: LossPrediction, exits: Tensor, feature: Tensor, request: RoutingRequest

@@ -2,142 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import json
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Final
 
 from retroexit.errors import MissingExtraError, OptionError
 from retroexit.model import EarlyExitGenerator
+from retroexit.runtime.application import application, check_page
 from retroexit.runtime.bundle import Bundle
-from retroexit.runtime.service import EXTRA, Reply, Service
+from retroexit.runtime.service import EXTRA, Reply, Service, refusal
 
-__all__ = ["application", "run_ray", "run_uvicorn", "start_ray"]
+__all__ = ["Replicas", "run_ray", "run_uvicorn", "start_ray"]
+
+TRIES: Final = 3
+"""Replicas that a request may see die."""
 
 Load = Callable[[], EarlyExitGenerator | Bundle]
 """Loads the model, in the process that serves it."""
-
-_EXAMPLES = (".png", ".npy", ".npz")
-
-
-class _TooLarge(Exception):
-    """The body is larger than allowed."""
-
-
-class _Request(Protocol):
-    """What is read of a request of Starlette."""
-
-    headers: Mapping[str, str]
-    query_params: Mapping[str, str]
-    path_params: Mapping[str, str]
-
-    def stream(self) -> AsyncIterator[bytes]: ...
-
-
-def application(service: Service, *, max_megabytes: float = 16.0, examples: str | Path | None = None) -> Any:
-    """Make the ASGI application of a service, for any server or a test client.
-
-    Args:
-        service: The service, which ends with the application.
-        max_megabytes: Largest body.
-        examples: Folder with inputs (.png, .npy, .npz) for the page at ``/``.
-
-    Raises:
-        OptionError: If an option is out of range, or the folder does not exist.
-        MissingExtraError: If Starlette is not installed.
-    """
-    try:
-        from starlette.applications import Starlette
-        from starlette.responses import Response, StreamingResponse
-        from starlette.routing import Route
-    except ImportError as error:
-        raise MissingExtraError(EXTRA.format(error.name)) from error
-    _check(max_megabytes, examples)
-    handlers = _Handlers(service, int(max_megabytes * 1e6), _read_examples(examples))
-
-    def endpoint(handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        async def answer(request: Any) -> Any:
-            reply: Reply = await handler(request)
-            kind: Any = Response if isinstance(reply.content, bytes) else StreamingResponse
-            return kind(reply.content, reply.status, reply.headers, reply.media)
-
-        return answer
-
-    @asynccontextmanager
-    async def lifespan(_app: Any) -> AsyncIterator[None]:
-        yield
-        service.scheduler.close()
-
-    posts: dict[str, Callable[[Any], Any]]
-    gets: dict[str, Callable[[Any], Any]]
-    posts = {"/render": handlers.render, "/draft-and-refine": handlers.draft_and_refine}
-    gets = {"/": handlers.page, "/healthz": handlers.health, "/metrics": handlers.metrics, "/info": handlers.info}
-    gets["/examples/{name}"] = handlers.example
-    routes = [Route(path, endpoint(handler), methods=["POST"]) for path, handler in posts.items()]
-    routes += [Route(path, endpoint(handler), methods=["GET"]) for path, handler in gets.items()]
-    app = Starlette(routes=routes, lifespan=lifespan)
-    app.state.service = service
-    return app
-
-
-class _Handlers:
-    """One coroutine per route."""
-
-    def __init__(self, service: Service, max_bytes: int, examples: dict[str, Path]) -> None:
-        self.service, self.max_bytes, self.examples = service, max_bytes, examples
-
-    async def render(self, request: _Request) -> Reply:
-        return await self._answer(request, self.service.render)
-
-    async def draft_and_refine(self, request: _Request) -> Reply:
-        return await self._answer(request, self.service.draft_and_refine)
-
-    async def _answer(self, request: _Request, answer: Callable[..., Any]) -> Reply:
-        try:
-            body = await self._body(request)
-        except _TooLarge as error:
-            return self.service.refusal(error, 413)
-        reply: Reply = await answer(request.query_params, request.headers, body)
-        return reply
-
-    async def _body(self, request: _Request) -> bytes:
-        chunks, size = [], 0
-        declared = request.headers.get("content-length", "0")
-        async for chunk in request.stream():
-            size += len(chunk)
-            if max(size, int(declared)) > self.max_bytes:
-                raise _TooLarge(
-                    f"the body must have at most {self.max_bytes / 1e6:g} MB, got {max(size, int(declared)) / 1e6:.1f}."
-                    " Send a smaller one, or start with --max-megabytes."
-                )
-            chunks.append(chunk)
-        return b"".join(chunks)
-
-    async def page(self, _request: _Request) -> Reply:
-        html = importlib.resources.files("retroexit.runtime").joinpath("serve.html").read_bytes()
-        return Reply(200, html, "text/html; charset=utf-8")
-
-    async def health(self, _request: _Request) -> Reply:
-        return self.service.health()
-
-    async def metrics(self, _request: _Request) -> Reply:
-        return self.service.metrics.reply()
-
-    async def info(self, _request: _Request) -> Reply:
-        service = self.service
-        facts = {"exits": service.shares, "inputs": list(map(str, service.payload.inputs))}
-        return Reply(200, json.dumps({**facts, "examples": list(self.examples)}).encode(), "application/json")
-
-    async def example(self, request: _Request) -> Reply:
-        path = self.examples.get(request.path_params["name"])
-        if path is None:
-            error = OptionError(f"no example {request.path_params['name']!r}. Take a name of /info.")
-            return self.service.refusal(error, 404)
-        media = "image/png" if path.suffix.lower() == ".png" else "application/octet-stream"
-        return Reply(200, path.read_bytes(), media)
 
 
 def run_uvicorn(load: Load, *, host: str, port: int, options: Mapping[str, Any], **app: Any) -> None:
@@ -157,35 +40,128 @@ def run_uvicorn(load: Load, *, host: str, port: int, options: Mapping[str, Any],
         import uvicorn
     except ImportError as error:
         raise MissingExtraError(EXTRA.format(error.name)) from error
-    _check(**app)
+    check_page(**app)
     uvicorn.run(application(Service(load(), **options), **app), host=host, port=port, log_level="warning")
 
 
-def start_ray(load: Load, *, host: str, port: int, replicas: int, options: Mapping[str, Any], **app: Any) -> None:
+class Replicas:
+    """Calls a `Service` of some replica under Ray Serve. What a replica that dies leaves undone, another one does.
+
+    Rendering has no side effects, so that a request may be begun again; after `TRIES` deaths it is refused: it may
+    be what kills.
+    """
+
+    def __init__(self, handle: Any, timeout_s: float) -> None:
+        self.handle, self.timeout_s = handle, timeout_s
+
+    async def render(self, query: Any, headers: Any, body: bytes) -> Reply:
+        """See `Service.render`."""
+        return await self._retried(lambda: self.handle.render.remote(query, headers, body))
+
+    async def health(self) -> Reply:
+        """See `Service.health`."""
+        return await self._retried(lambda: self.handle.health.remote())
+
+    async def describe(self) -> dict[str, Any]:
+        """See `Service.describe`."""
+        described: dict[str, Any] = await self.handle.describe.remote()
+        return described
+
+    async def draft_and_refine(self, query: Any, headers: Any, body: bytes) -> AsyncIterator[Reply]:
+        """See `Service.draft_and_refine`; if the replica dies after the draft, another one renders the image."""
+        from ray.exceptions import RayError
+
+        parts: Any = None
+
+        def draft() -> Any:
+            nonlocal parts
+            parts = self.handle.options(stream=True).draft_and_refine.remote(query, headers, body)
+            return anext(parts)
+
+        yield await self._retried(draft)
+        try:
+            async for part in parts:
+                yield part
+        except RayError:
+            yield await self.render({}, {}, body)
+
+    async def _retried(self, call: Callable[[], Any]) -> Reply:
+        from ray.exceptions import RayError
+
+        attempt, failure = 1, Exception()
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                for attempt in range(1, TRIES + 1):
+                    try:
+                        reply: Reply = await call()
+                        return replace(reply, headers={**reply.headers, "X-Attempts": str(attempt)})
+                    except RayError as error:
+                        failure = error
+        except TimeoutError as error:
+            failure = error
+        return refusal(failure, self.timeout_s)
+
+    def close(self) -> None:
+        """Nothing to do: Ray closes the replicas."""
+
+
+class _Replica(Service):
+    """A service in a process of Ray's."""
+
+    def __init__(self, load: Load, options: Mapping[str, Any]) -> None:
+        super().__init__(load(), **options)
+
+    def check_health(self) -> None:
+        """Let Ray replace the replica if nothing serves requests any more."""
+        if not self.scheduler.is_alive:
+            raise RuntimeError("the scheduler's thread must be alive, got a dead one")
+
+
+def start_ray(
+    load: Load,
+    *,
+    host: str,
+    port: int,
+    replicas: int,
+    options: Mapping[str, Any],
+    max_replicas: int | None = None,
+    **app: Any,
+) -> None:
     """Serve with some processes under Ray Serve, in a new local cluster unless Ray is connected to one; returns.
 
-    Takes the arguments of `run_uvicorn`, and the number of ``replicas``. A replica that dies is replaced, and Ray sends
-    the requests after it to the others; those that it was rendering fail, and their callers have to repeat them.
+    Takes the arguments of `run_uvicorn`, and the number of ``replicas``; with ``max_replicas``, Ray runs as many of
+    them as the load needs. Requests come in at a process in front of the replicas, which counts them, and lets another
+    replica render what one that died has left.
 
     Raises:
+        OptionError: If an option is out of range.
         MissingExtraError: If Ray Serve is not installed.
     """
     try:
         from ray import serve
     except ImportError as error:
         raise MissingExtraError(EXTRA.format(error.name)) from error
-    _check(**app)
+    check_page(**app)
+    if max_replicas is not None and max_replicas < replicas:
+        raise OptionError(f"max_replicas must be >= replicas={replicas}, got {max_replicas}. Leave it out.")
+    queue, timeout_s = int(options.get("queue_limit", 256)), float(options.get("timeout_s", 30.0))
 
     def build() -> Any:
-        return application(Service(load(), **options), **app)
+        return application(Replicas(serve.get_deployment_handle("replica", "retroexit"), timeout_s), **app)
 
-    class Replica:
-        pass
+    class Front:
+        def __init__(self, replica: Any) -> None:
+            pass
 
-    queue = int(options.get("queue_limit", 256))
-    deployment: Any = serve.deployment(name="retroexit", num_replicas=replicas, max_ongoing_requests=2 * queue)
+    count: dict[str, Any] = {"num_replicas": replicas}
+    if max_replicas is not None:
+        count = {"autoscaling_config": {"min_replicas": replicas, "max_replicas": max_replicas}}
+    quiet: dict[str, Any] = {"logging_config": {"enable_access_log": False}}
+    replica: Any = serve.deployment(_Replica, name="replica", max_ongoing_requests=2 * queue, **count, **quiet)
+    thin: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 10_000, **quiet}
+    front: Any = serve.deployment(serve.ingress(build)(Front), name="front", **thin)
     serve.start(http_options={"host": host, "port": port})
-    serve.run(deployment(serve.ingress(build)(Replica)).bind(), name="retroexit")
+    serve.run(front.bind(replica.bind(load, dict(options))), name="retroexit")
 
 
 def run_ray(load: Load, **settings: Any) -> None:
@@ -197,16 +173,3 @@ def run_ray(load: Load, **settings: Any) -> None:
         threading.Event().wait()
     except KeyboardInterrupt:
         serve.shutdown()
-
-
-def _check(max_megabytes: float = 16.0, examples: str | Path | None = None) -> None:
-    if not 0 < max_megabytes < float("inf"):
-        raise OptionError(f"max_megabytes must be a finite number > 0, got {max_megabytes}. Pass 16.")
-    if examples is not None and not _read_examples(examples):
-        raise OptionError(f"examples must be a folder with .png, .npy or .npz files, got {examples}. Check the path.")
-
-
-def _read_examples(folder: str | Path | None) -> dict[str, Path]:
-    if folder is None or not Path(folder).is_dir():
-        return {}
-    return {path.name: path for path in sorted(Path(folder).iterdir()) if path.suffix.lower() in _EXAMPLES}

@@ -14,38 +14,30 @@ import numpy as np
 import torch
 
 from retroexit.core.nested import tensors
-from retroexit.errors import (
-    BankError,
-    InputMismatchError,
-    MissingExtraError,
-    OptionError,
-    QueueFull,
-    TrainingError,
-    cause_of,
-    closest,
-)
+from retroexit.errors import BankError, InputMismatchError, OptionError, QueueFull, TrainingError, cause_of, closest
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.policy import QUALITIES, named_threshold
+from retroexit.routing.policy import QUALITIES, RoutingRequest, named_threshold
 from retroexit.runtime.bundle import Bundle, BundleError
 from retroexit.runtime.engines import ModelEngine
 from retroexit.runtime.payload import Payload, npy
 from retroexit.runtime.scheduler import Rendered, Scheduler
 
-__all__ = ["EXTRA", "Reply", "Service"]
+__all__ = ["EXTRA", "OUT_OF_DISTRIBUTION", "Reply", "Service", "refusal"]
 
 EXTRA: Final = "a server needs Ray Serve, got no {}. Run: pip install 'retroexit[serve]'"
 _OPTIONS = ("threshold", "quality", "budget", "deadline_ms", "exit")
 _REFUSED = (OptionError, InputMismatchError, TrainingError, BankError, BundleError)  # the caller can do something
 _NPY = "application/x-npy"
-_BOUNDARY = "image"
+OUT_OF_DISTRIBUTION: Final = "out of distribution"
+"""Reason where nothing finite was predicted."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer to a request: its bytes, or its parts one by one."""
+    """An answer to a request."""
 
     status: int
-    content: bytes | AsyncIterator[bytes]
+    content: bytes
     media: str
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -76,7 +68,6 @@ class Service:
 
     Raises:
         OptionError: If the model or an option does not fit.
-        MissingExtraError: If prometheus_client is not installed.
     """
 
     def __init__(self, model: EarlyExitGenerator | Bundle, *, timeout_s: float = 30.0, **options: Any) -> None:
@@ -89,15 +80,15 @@ class Service:
         if isinstance(model, Bundle):
             exits, router = model.manifest["exits"], model.manifest["router"]
             self.shares = [exit["share"] for exit in exits]
-            self._routed_shares, self._macs = router["shares"] if router else self.shares, exits[-1]["macs"]
+            self._routed_shares, macs = router["shares"] if router else self.shares, exits[-1]["macs"]
             limits = router and router["limits"]
             self._promised = tuple(limits["thresholds"] or ()) if limits else None
         else:
             self._like = tensors(model.split.example_now())
             self.shares = [exit.share for exit in model.exits]
             self._routed_shares = self.shares if model.predictor is None else model.router.shares().tolist()
-            self._macs, self._promised = model.exits[-1].macs, model.router.promised
-        self.metrics = _Metrics()
+            macs, self._promised = model.exits[-1].macs, model.router.promised
+        self._description = {"exits": self.shares, "macs": macs, "inputs": list(map(str, self.payload.inputs))}
 
     async def render(self, query: Mapping[str, str], headers: Mapping[str, str], body: bytes) -> Reply:
         """Answer ``POST /render``."""
@@ -110,42 +101,50 @@ class Service:
             facts = self._facts(rendered, reason, asked.is_routed, begin)
             return Reply(200, content, _NPY if is_npy else "image/png", facts)
         except Exception as error:
-            return self.refusal(error)
+            return refusal(error, self.timeout_s)
 
-    async def draft_and_refine(self, query: Mapping[str, str], headers: Mapping[str, str], body: bytes) -> Reply:
-        """Answer ``POST /draft-and-refine``: an early exit's PNG and then the backbone's, on one connection."""
+    async def draft_and_refine(
+        self, query: Mapping[str, str], headers: Mapping[str, str], body: bytes
+    ) -> AsyncIterator[Reply]:
+        """Answer ``POST /draft-and-refine``: an early exit's PNG, unless it is not finite, and then the backbone's."""
         begin = time.perf_counter()
+        self._drafting += 1
         try:
             asked, sample = self._options(query, headers), self._sample(body)
             if isinstance(self.model, Bundle):
                 raise OptionError("drafts need a folder that fit wrote, got an export. Post to /render instead.")
-            if self._drafting >= self.scheduler.queue_limit:
-                raise QueueFull(f"drafts must be fewer than {self.scheduler.queue_limit}, got {self._drafting}.")
-            asked = asked if asked != _Asked() else _Asked(exit=1)
+            if self._drafting > self.scheduler.queue_limit:
+                raise QueueFull(f"drafts must be at most {self.scheduler.queue_limit}, got {self._drafting}.")
+            asked, last = asked if asked != _Asked() else _Asked(exit=1), self.scheduler.exits
             exit, losses, reason = await asyncio.wait_for(self._choose(sample, asked), self.timeout_s)
+            args, kwargs = self._batch(sample)
+            with await asyncio.to_thread(self.model.draft, *args, exit=exit, **kwargs) as draft:
+                image = _array(self.model.image(draft.image)[0])
+                if exit < last and np.isfinite(image).all():
+                    facts = self._facts(Rendered(None, exit, losses), reason, asked.is_routed, begin)
+                    yield Reply(200, self.payload.png(image), "image/png", facts)
+                refined = _array(self.model.image(await asyncio.to_thread(draft.finish))[0])
+            _check_finite(refined)
+            facts = self._facts(Rendered(None, last), reason, False, begin)
+            yield Reply(200, self.payload.png(refined), "image/png", facts)
         except Exception as error:
-            return self.refusal(error)
-        drafted = Rendered(None, exit, losses)
-        parts = self._parts(self.model, sample, drafted, reason, asked.is_routed, begin)
-        return Reply(200, parts, f"multipart/x-mixed-replace; boundary={_BOUNDARY}")
+            yield refusal(error, self.timeout_s)
+        finally:
+            self._drafting -= 1
 
-    def refusal(self, error: Exception, status: int | None = None) -> Reply:
-        """Answer with an error, as JSON, and count it."""
-        text, headers = cause_of(error), {}
-        if status is None and isinstance(error, _REFUSED):
-            status, text = 400, " ".join(str(error).split())
-        elif isinstance(error, QueueFull):
-            status, headers = 503, {"Retry-After": "1"}
-        elif isinstance(error, TimeoutError):
-            status, text = 504, f"the request must be done within {self.timeout_s:g} s, got no image. Try again later."
-        self.metrics.errors.labels(str(status or 500)).inc()
-        return Reply(status or 500, _json({"error": text}), "application/json", headers)
-
-    def health(self) -> Reply:
+    async def health(self) -> Reply:
         """Answer ``GET /healthz``."""
         is_alive = self.scheduler.is_alive
         facts = {"status": "ok" if is_alive else "stopped", "waiting": self.scheduler.waiting}
         return Reply(200 if is_alive else 503, _json(facts), "application/json")
+
+    async def describe(self) -> dict[str, Any]:
+        """Shares of MACs by exit, the backbone's MACs, and the inputs."""
+        return self._description
+
+    def close(self) -> None:
+        """Render what waits, and take no more."""
+        self.scheduler.close()
 
     # Requests.
 
@@ -236,81 +235,36 @@ class Service:
         if asked.threshold is not None:
             started = ModelEngine(self.model, strict=True).begin([sample], [(asked.threshold, None)])[0]
             return started.exit, started.losses, "" if started.losses else "void promise"
-        options: dict[str, Any] = {"budget": asked.budget, "deadline_ms": asked.deadline_ms}
-        return int(self.model.choose_exits(*args, **kwargs, **options)), None, ""
-
-    async def _parts(
-        self, model: EarlyExitGenerator, sample: Any, drafted: Rendered, reason: str, is_routed: bool, begin: float
-    ) -> AsyncIterator[bytes]:
-        """Yield the draft's part, unless it is not finite, and the backbone's, which does not run what has run."""
-        self._drafting += 1
-        try:
-            args, kwargs = self._batch(sample)
-            with await asyncio.to_thread(model.draft, *args, exit=drafted.exit, **kwargs) as draft:
-                image = _array(model.image(draft.image)[0])
-                if drafted.exit < self.scheduler.exits and np.isfinite(image).all():
-                    yield self._part(drafted._replace(image=image), reason, is_routed, begin)
-                refined = _array(model.image(await asyncio.to_thread(draft.finish))[0])
-            _check_finite(refined)
-            yield self._part(Rendered(refined, self.scheduler.exits), reason, False, begin)
-            yield f"--{_BOUNDARY}--\r\n".encode()
-        finally:
-            self._drafting -= 1
+        request = RoutingRequest(budget=asked.budget, deadline_ms=asked.deadline_ms)
+        with torch.no_grad():
+            choice = self.model.router.choose(self.model.split.begin(args, kwargs), request)
+        return int(choice.exits), None if choice.losses is None else tuple(choice.losses[0].tolist()), ""
 
     # Answers.
 
     def _facts(self, rendered: Rendered, reason: str, is_routed: bool, begin: float) -> dict[str, str]:
-        """Headers of an answer, which is counted."""
+        """Headers of an answer."""
         seconds, exit = time.perf_counter() - begin, rendered.exit
         share = (self._routed_shares if is_routed else self.shares)[exit - 1]
         facts = {"X-Exit": str(exit), "X-Macs-Share": f"{share:.4f}", "X-Milliseconds": f"{1000 * seconds:.1f}"}
         if rendered.losses is not None:
             loss = 0.0 if exit == self.scheduler.exits else rendered.losses[exit - 1]
             facts["X-Predicted-Loss"] = f"{loss:.6g}"
-        if reason:
-            facts["X-Fallback"] = reason
-            self.metrics.fallbacks.labels(reason).inc()
-        self.metrics.images.labels(str(exit)).inc()
-        self.metrics.seconds.labels(str(exit)).observe(seconds)
-        self.metrics.macs.inc(self._macs * share)
-        self.metrics.saved.inc(max(0.0, self._macs * (1 - share)))
-        if rendered.losses is not None and all(map(math.isinf, rendered.losses)):
-            self.metrics.ood.inc()
-        return facts
-
-    def _part(self, rendered: Rendered, reason: str, is_routed: bool, begin: float) -> bytes:
-        facts = {"Content-Type": "image/png", **self._facts(rendered, reason, is_routed, begin)}
-        lines = "".join(f"{name}: {value}\r\n" for name, value in facts.items())
-        return f"--{_BOUNDARY}\r\n{lines}\r\n".encode() + self.payload.png(rendered.image) + b"\r\n"
+        if not reason and rendered.losses is not None and all(map(math.isinf, rendered.losses)):
+            reason = OUT_OF_DISTRIBUTION
+        return facts | ({"X-Fallback": reason} if reason else {})
 
 
-class _Metrics:
-    """Counters for Prometheus, of one process."""
-
-    def __init__(self) -> None:
-        try:
-            import prometheus_client as prometheus
-        except ImportError as error:
-            raise MissingExtraError(EXTRA.format(error.name)) from error
-        self.registry = prometheus.CollectorRegistry()
-
-        def counter(name: str, text: str, *labels: str) -> Any:
-            return prometheus.Counter(f"retroexit_{name}", text, labels, registry=self.registry)
-
-        self.images = counter("images", "Images by exit.", "exit")
-        self.errors = counter("errors", "Requests without an image, by status.", "status")
-        self.fallbacks = counter("fallbacks", "Requests that the backbone had to render.", "reason")
-        self.ood = counter("out_of_distribution", "Inputs out of distribution.")
-        self.macs = counter("macs", "MACs spent, predictor and retrieval included.")
-        self.saved = counter("macs_saved", "MACs saved, against the backbone for all.")
-        self.seconds = prometheus.Histogram(
-            "retroexit_request_seconds", "Seconds from body to image, by exit.", ["exit"], registry=self.registry
-        )
-        self._latest = prometheus.generate_latest
-
-    def reply(self) -> Reply:
-        """Answer ``GET /metrics``."""
-        return Reply(200, self._latest(self.registry), "text/plain; version=0.0.4; charset=utf-8")
+def refusal(error: Exception, timeout_s: float = math.inf, status: int | None = None) -> Reply:
+    """Answer with an error, as JSON."""
+    text, headers = cause_of(error), {}
+    if status is None and isinstance(error, _REFUSED):
+        status, text = 400, " ".join(str(error).split())
+    elif isinstance(error, QueueFull):
+        status, headers = 503, {"Retry-After": "1"}
+    elif isinstance(error, TimeoutError):
+        status, text = 504, f"the request must be done within {timeout_s:g} s, got no image. Try again later."
+    return Reply(status or 500, _json({"error": text}), "application/json", headers)
 
 
 def _array(image: Any) -> Any:

@@ -16,6 +16,7 @@ from retroexit.errors import AttachPointError, GeneratorError, RecordingError, c
 from retroexit.stages.choose import choose_stages, closing_modules
 from retroexit.stages.maps import find_image, is_map, lay_out_tokens, mark_tokens, shape_of
 from retroexit.stages.stage import Stage, suggest_attach_points
+from retroexit.stages.timing import time_stages
 from retroexit.stages.turns import gather_turns, repeated, repeated_stage
 from retroexit.tracing.caches import without_caches
 from retroexit.tracing.record import Recording, record, steering_line
@@ -129,12 +130,13 @@ def read_decoder(
     stages: Sequence[str] | Mapping[str, str] | None = None,
     also: Iterable[str] = (),
     image: Any = None,
+    timed: bool = False,
 ) -> Decoder:
     """Record a generator in eval mode with its stages as leaves.
 
     ``stages`` are paths of l_1..l_N, or a mapping from these to the paths of the modules that close them;
     chosen if ``None``. The modules of ``also`` stay visible as single nodes. ``image`` is the key, index or
-    path of the image in the output.
+    path of the image in the output. With ``timed``, stages are timed.
     """
     deep = _record_deeply(generator, args, kwargs)
     image_path, deep_image = find_image(deep, image)
@@ -170,6 +172,8 @@ def read_decoder(
         ends = {path: end for path, end in ends.items() if end not in token_sizes} or ends
     decoder = Decoder(shallow, (), image_node, image_path, reason)
     described = [decoder.describe(path, index, end) for index, (path, end) in enumerate(ends.items(), 1)]
+    if timed:
+        described = time_stages(generator, described, args, kwargs or {})
     suggested = suggest_attach_points(described)
     marked = tuple(replace(stage, is_suggested=stage.index in suggested) for stage in described)
     return replace(decoder, stages=marked)

@@ -28,6 +28,8 @@ class Stage:
         end: Path of the module that closes the stage, such as the norm behind a convolution.
         feature: Name of the feature map, as in the ``live`` of a later stage.
         is_suggested: Whether this is a good place for a branch, see `suggest_attach_points`.
+        time: Measured time inside as a share of the generator's; ``None`` where it was not measured.
+        elapsed: Share of the generator's time that has passed at the end of the stage.
     """
 
     index: int
@@ -41,6 +43,13 @@ class Stage:
     end: str = field(default="", repr=False)
     feature: str = field(default="", repr=False)
     is_suggested: bool = False
+    time: float | None = None
+    elapsed: float | None = None
+
+    @property
+    def reached(self) -> float:
+        """Share of the generator's time up to the end of the stage, of its MACs where no time was measured."""
+        return self.cumulative if self.elapsed is None else self.elapsed
 
     @property
     def saves(self) -> float:
@@ -86,25 +95,25 @@ def live_spans(stages: Sequence[Stage]) -> list[LiveSpan]:
 def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
     """Suggest the stages after which branches are worth trying, ascending; never the last stage.
 
-    Three targets lie at 3, 9 and 25 % of the MACs from the begin of the decoder on, denser where exits save most.
-    For each one the stage nearest in cumulative share is taken; among several within a quarter of it, the one with the
-    fewest elements in live values. No two are within 3 % of each other. An exit leaves at least 20 % to save; if no
-    stage does, the one that leaves most is suggested.
+    Three targets lie at 3, 9 and 25 % of the MACs, or of the time where it was measured, from the begin of the decoder
+    on, denser where exits save most. For each one the stage nearest in cumulative share is taken; among several within
+    a quarter of it, the one with the fewest elements in live values. No two are within 3 % of each other. An exit
+    leaves at least 20 % to save; if no stage does, the one that leaves most is suggested.
     """
     possible = stages[:-1]
-    worthwhile = [s for s in possible if s.saves >= _LEAST_SAVED]
+    worthwhile = [s for s in possible if 1 - s.reached >= _LEAST_SAVED]
     if not worthwhile:
-        return [max(possible, key=lambda s: s.saves).index] if possible else []
-    start = stages[0].cumulative - stages[0].share
+        return [min(possible, key=lambda s: s.reached).index] if possible else []
+    start = stages[0].reached - (stages[0].share if stages[0].time is None else stages[0].time)
     chosen: list[Stage] = []
     for share in _TARGETS:
-        free = [s for s in worthwhile if all(abs(s.cumulative - c.cumulative) > _NEAR for c in chosen)]
+        free = [s for s in worthwhile if all(abs(s.reached - c.reached) > _NEAR for c in chosen)]
         if not free:
             break
         target = start + share * (1 - start)
-        near = [s for s in free if abs(s.cumulative - target) <= share * (1 - start) / 4]
-        nearest = min(free, key=lambda s: abs(s.cumulative - target))
-        chosen.append(min(near or [nearest], key=lambda s: (s.live_size, abs(s.cumulative - target))))
+        near = [s for s in free if abs(s.reached - target) <= share * (1 - start) / 4]
+        nearest = min(free, key=lambda s: abs(s.reached - target))
+        chosen.append(min(near or [nearest], key=lambda s: (s.live_size, abs(s.reached - target))))
     return sorted(s.index for s in chosen)
 
 

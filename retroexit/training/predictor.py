@@ -216,7 +216,7 @@ def _optimise(
             score = float((residuals - residuals.mean(0)).abs().mean())
             if score < best or not best_state:
                 best, best_state = score, {k: v.clone() for k, v in predictor.state_dict().items()}
-            bar.set_postfix(held_out=f"{score:.4f}")
+            bar.set_postfix(held_out=f"{score:.4f}", refresh=False)
     if best_state:
         predictor.load_state_dict(best_state)
 

@@ -133,7 +133,8 @@ def decompose(
     args = tuple(args)
     named = [place for place in options.attach_at or () if isinstance(place, str)]
     named += tap_paths(options.guidance)
-    decoder = read_decoder(generator, args, kwargs, stages=options.stages, also=named, image=options.image)
+    about: Any = {"stages": options.stages, "image": options.image, "timed": options.timed}
+    decoder = read_decoder(generator, args, kwargs, also=named, **about)
     decoder = replace(decoder, image_only=options.image_only)
     if decoder.recording.draws:
         warn(

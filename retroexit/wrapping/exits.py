@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -28,6 +28,8 @@ class Exit:
         pinned: Widths that are fixed, and by what.
         kind: Kind of branch; empty for the backbone.
         why: Why it is of this kind, where the library chose it.
+        time: Measured time of a routed call as a share of the backbone's, predictor and retrieval included; ``None``
+            before ``model.measure_latency``.
     """
 
     index: int
@@ -41,10 +43,16 @@ class Exit:
     pinned: tuple[str, ...] = ()
     kind: str = ""
     why: str = ""
+    time: float | None = None
 
 
-def list_exits(decomposition: Decomposition, branches: Iterable[nn.Module], generator: nn.Module) -> list[Exit]:
-    """List the branch exits, cheapest first, then the backbone."""
+def list_exits(
+    decomposition: Decomposition,
+    branches: Iterable[nn.Module],
+    generator: nn.Module,
+    times: Sequence[float] | None = None,
+) -> list[Exit]:
+    """List the branch exits, cheapest first, then the backbone; ``times`` are measured shares of the backbone's."""
     rows = []
     for index, (place, branch) in enumerate(zip(decomposition.places, branches, strict=True)):
         assert isinstance(branch, Branch)
@@ -64,7 +72,8 @@ def list_exits(decomposition: Decomposition, branches: Iterable[nn.Module], gene
                 why=branch.why,
             )
         )
-    return [*rows, Exit(len(rows) + 1, "", 0, 0, decomposition.backbone_macs, 1.0, _count(generator))]
+    rows.append(Exit(len(rows) + 1, "", 0, 0, decomposition.backbone_macs, 1.0, _count(generator)))
+    return rows if times is None else [replace(row, time=time) for row, time in zip(rows, times, strict=True)]
 
 
 def _count(module: nn.Module) -> int:
@@ -85,7 +94,7 @@ def _by_reason(pins: Sequence[Pin]) -> tuple[str, ...]:
 def exit_table(name: str, options: WrapOptions, exits: Sequence[Exit]) -> str:
     """Show the exits of a generator of this name, the backbone last, as plain text."""
     rows = []
-    has_kinds = any(e.kind not in ("", "copy") for e in exits)
+    has_kinds, has_times = any(e.kind not in ("", "copy") for e in exits), any(e.time is not None for e in exits)
     for e in exits:
         place = f"{options.tap} {e.attach_at}" + (f" (l_{e.stage})" if e.stage else "")
         rows.append(
@@ -96,12 +105,14 @@ def exit_table(name: str, options: WrapOptions, exits: Sequence[Exit]) -> str:
                 str(e.depth) if e.attach_at else "",
                 f"{e.macs / 1e9:.3f}",
                 f"{100 * e.share:.1f} %",
+                *[f"{100 * (e.time or 0):.1f} %"] * has_times,
                 f"{e.parameters:,}",
                 " ".join([str(w) for w in e.widths[:8]] + ["..."] * (len(e.widths) > 8)),
                 "see below" if e.pinned else "",
             ]
         )
-    head = ["exit", "attached", *["branch"] * has_kinds, "depth", "GMACs", "share", "parameters", "widths", "pinned"]
+    head = ["exit", "attached", *["branch"] * has_kinds, "depth", "GMACs", "share", *["time"] * has_times]
+    head += ["parameters", "widths", "pinned"]
     lines = [f"{name} with {len(rows) - 1} early exits", table(head, rows)]
     lines += [f"exit {e.index}: {e.kind}, because {e.why}" for e in exits if e.why]
     lines += [f"exit {e.index}: {cause}" for e in exits for cause in e.pinned]

@@ -47,6 +47,7 @@ class WrapOptions:
         image_only: Whether exits give the image alone.
         image_range: Smallest and largest pixel value, or ``None`` to measure it.
         self_test: Whether every cut is checked to reproduce the generator.
+        timed: Whether stages are timed, to suggest attach points by time.
         seed: Seed of fresh weights.
         shadowed: Keywords of ours that the generator's own forward takes.
         predictor_inputs: Makes the predictor's input from the generator's; by default it reads the first
@@ -71,6 +72,7 @@ class WrapOptions:
     image_only: bool = False
     image_range: tuple[float, float] | None = None
     self_test: bool = True
+    timed: bool = False
     seed: int = 0
     shadowed: tuple[str, ...] = ()
     predictor_inputs: Callable[..., Tensor] | None = None

@@ -37,6 +37,15 @@ def test_the_suggested_exits_come_with_lines_that_run(run):
     assert "saves nothing" not in fitted
 
 
+def test_inspect_times_the_stages(run):
+    result = run("inspect", "toy.py:with_inputs", "--time")
+    shown = result.succeeds()
+    assert re.search(r"share +up to +time +up to +saves", shown)
+    assert "time   share of the measured time" in shown
+    starred = re.findall(r"^ *(\d)\* ", shown, re.MULTILINE)
+    assert "retroexit.wrap(generator, timed=True)" in shown and f"--attach-at {','.join(starred)}" in result.next
+
+
 @pytest.mark.parametrize(
     ("arguments", "inputs"),
     [

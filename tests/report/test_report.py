@@ -87,17 +87,17 @@ def test_the_tables_hold_the_numbers_of_the_evaluation(make_evaluation, tmp_path
     _, *rows = tables["sweep"]
     for row, tau in zip(rows, (0.05, 0.1), strict=True):
         point = e.at_threshold(tau)
-        assert row[:2] == [f"{tau:g}", f"{100 * point.saved:.0f} %"]
+        assert row[:3] == [f"{tau:g}", f"{100 * point.saved:.0f} %", f"{100 * (1 - point.time):.0f} %"]
         numbers = [point.mean_macs / 1e9, point.mean_loss, point.p90_loss]
-        assert [float(cell) for cell in row[3:6]] == pytest.approx(numbers, rel=0.01)
-        assert [int(cell) for cell in row[7:]] == point.counts.tolist()
+        assert [float(cell) for cell in row[4:7]] == pytest.approx(numbers, rel=0.01)
+        assert [int(cell) for cell in row[8:]] == point.counts.tolist()
     head, *rows = tables["exits"]
     assert [row[0] for row in rows] == ["1", "2", "3", "backbone"]
     columns = dict(zip(head, zip(*rows, strict=True), strict=True))
     assert [float(cell) for cell in columns["computeGMACs"]] == pytest.approx(e.macs / 1e9, rel=0.01)
     (quality,) = [cells for name, cells in columns.items() if "mean LPIPS" in name]
     assert [float(cell.split()[0]) for cell in quality[:3]] == pytest.approx(e.loss.mean(0), rel=0.01)
-    assert columns["after stage"] == ("2", "4", "6", "") and columns["speed-up"][0] == "5×"
+    assert columns["after stage"] == ("2", "4", "6", "") and columns["timeof the backbone"][0] == "20 %"
 
 
 def test_the_predictor_table_and_the_headline_hold_the_numbers(make_evaluation, usual, tmp_path):

@@ -1,6 +1,7 @@
 """Budgets, deadlines, thresholds per sample, and options that exclude each other."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from retroexit.errors import OptionError, TrainingError
 from retroexit.routing.calibration import Calibration
 from retroexit.routing.latency import Latency, time_exits
-from retroexit.routing.policy import RoutingRequest, assign_by_budget, lagrange_multiplier
+from retroexit.routing.policy import RoutingRequest, Time, assign_by_budget, lagrange_multiplier
 
 SHARES = torch.tensor([0.1, 0.3, 0.6, 1.01])
 
@@ -73,6 +74,47 @@ def test_a_model_spends_the_budget_of_the_call_or_of_each_sample(routed, monkeyp
         rows = budgets == budget
         assert torch.equal(exits[rows], model.choose_exits(z, w, budget=budget)[rows])
     assert exits[::3].eq(1).all() and exits[2::3].eq(4).all()
+
+
+def test_a_budget_of_time_spends_measured_times(routed):
+    model = routed()
+    z, w = torch.rand(99, 4, 4, 4), torch.rand(99, 5)
+    z[:, 0] = 3 + 3 * torch.rand(99, 1, 1)
+    predicted = model.predict(z, w)
+    with pytest.raises(TrainingError, match=r"budget=Time\(0.5\) needs a calibration"):
+        model(z, w, budget=Time(0.5))
+    model.calibration = Calibration(predicted.clamp_min(0), predicted)
+    with pytest.raises(TrainingError, match=r"budget=Time\(0.5\) needs measured times, .* Call model.measure_latency"):
+        model(z, w, budget=Time(0.5))
+    assert "time" not in repr(model)
+    milliseconds = torch.tensor([5.0, 8.0, 12.0, 20.0])
+    model.latency = replace(_latency(), medians=(*milliseconds.tolist(), 16.0))
+    assert [e.time for e in model.exits] == [0.3125, 0.5, 0.75, 1.25] and " 31.2 % " in repr(model)
+    exits = model.choose_exits(z, w, budget=Time(0.5))
+    assert 0.47 < float(milliseconds[exits - 1].mean() / 16) <= 0.5 and len(exits.unique()) > 1
+    assert torch.equal(model.choose_exits(z, w, budget=Time(ms=4)), exits), "two samples take 8 ms together"
+    each = model.choose_exits(z, w, budget=Time([0.5, 1.25, 0.3125] * 33))
+    assert torch.equal(each[::3], exits[::3]) and each[1::3].eq(4).all() and each[2::3].eq(1).all()
+    with pytest.raises(OptionError, match=r"budget must be >= 2.500, .* got 2\."):
+        model(z, w, budget=Time(ms=2))
+    model.latency = replace(model.latency, threads=99)
+    with pytest.raises(OptionError, match=r"budget=Time\(0.5\) needs times of 2 samples on .* Call model.measure"):
+        model(z, w, budget=Time(0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"a share or milliseconds, got Time\(None\)\. Pass Time\(0\.3\) or Time\(ms=25\)\."),
+        ({"share": 0.5, "ms": 3}, r"a share or milliseconds, got Time\(share=0\.5, ms=3\)\."),
+        ({"share": 50}, r"share must be a share of the backbone's time, .* got 50\. Pass 0\.5 for 50 %"),
+        ({"ms": -1}, r"ms must be a finite number > 0, got -1\."),
+        ({"ms": "25 ms"}, r"ms must be a finite number > 0, got '25 ms'\."),
+    ],
+)
+def test_a_budget_of_time_that_is_out_of_range_is_refused(settings, message):
+    with pytest.raises(OptionError, match=message):
+        Time(**settings)
 
 
 @pytest.mark.parametrize("convert", [torch.Tensor, torch.Tensor.numpy, torch.Tensor.tolist, tuple, torch.Tensor.double])
@@ -148,6 +190,7 @@ def test_times_are_measured_on_routed_calls_of_this_batch(routed, guided):
     assert latency is model.latency and latency.batch == 3
     assert len(latency.milliseconds) == 4 and min(latency.milliseconds) > 0
     assert model.predictor.rows == [3] * 20
+    assert len(latency.medians) == 5
     assert model.router.ood_counter.seen == 0
     assert Latency.from_json(latency.to_json()) == latency
     _, exits = model.routed(z, w, deadline_ms=1e6)

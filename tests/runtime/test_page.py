@@ -18,7 +18,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("websockets")
 import uvicorn
 
-from retroexit.runtime.serve import application
+from retroexit.runtime.application import application
 
 pytestmark = [
     pytest.mark.long,

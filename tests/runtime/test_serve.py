@@ -1,5 +1,6 @@
 """Requests over HTTP: options, bodies, errors, metrics, and routing that fails closed."""
 
+import asyncio
 import importlib.util
 import io
 import os
@@ -8,26 +9,28 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runtime_models import inputs
+from runtime_models import inputs, wrapped
 from torch import nn
 
 import retroexit
 from retroexit.errors import MissingExtraError, OptionError, QueueFull
 from retroexit.routing.predictor import Predictor
 from retroexit.runtime.payload import npy
-from retroexit.runtime.service import Service
+from retroexit.runtime.service import Reply, Service
 
 pytest.importorskip("starlette")
 pytest.importorskip("httpx")
 from starlette.testclient import TestClient
 
-from retroexit.runtime.serve import application, run_uvicorn, start_ray
+from retroexit.runtime.application import application
+from retroexit.runtime.serve import Replicas, run_uvicorn, start_ray
 
 NPY = {"accept": "application/x-npy"}
 
@@ -106,7 +109,14 @@ def test_options_choose_the_exit_and_headers_say_which(client, model, sample, ba
         ("?exit=one", "got 'one'"),
         ("?quality=best", "quality must be lossless, high, draft, got 'best'"),
         ("?exit=1&threshold=1", "exclude each other"),
-        ("?deadline_ms=5", "needs measured times"),
+        ("?deadline_ms=5", "needs measured times, but the model has none. Call model.measure_latency"),
+        ("?deadline_ms=0", "deadline_ms must be a finite number, got '0'. Pass one > 0"),
+        ("?deadline_ms=inf", "got 'inf'"),
+        ("?budget=50", "budget must be a share of the backbone's compute, such as 0.5, got 50.0. Pass 0.5 for 50 %."),
+        ("?budget=0.001", "got 0.001"),
+        ("?exit=0", "exit must be an integer from 1 to 3"),
+        ("?exit=1.5", "got '1.5'"),
+        ("?exit=", "got ''"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(client, sample, query, message):
@@ -136,26 +146,83 @@ def test_bodies_that_cannot_be_read_are_refused(client, body, status, message):
     assert reply.status_code == status and message in reply.json()["error"]
 
 
-class Raises(nn.Module):
+def raises(*_args, **_kwargs):
+    raise RuntimeError("broken")
+
+
+def spoil(output):
+    """The same output with NaN in every tensor."""
+    if isinstance(output, torch.Tensor):
+        return output * torch.nan
+    if isinstance(output, dict):
+        return {name: spoil(value) for name, value in output.items()}
+    return type(output)(map(spoil, output)) if isinstance(output, (tuple, list)) else output
+
+
+class Broken(nn.Module):
+    """A predictor that raises, or predicts NaN."""
+
+    def __init__(self, is_raising):
+        super().__init__()
+        self.is_raising = is_raising
+
     def forward(self, feature):
-        raise RuntimeError("broken predictor")
+        return raises() if self.is_raising else feature.new_full((len(feature), 2), torch.nan)
 
 
-class Nan(nn.Module):
-    def forward(self, feature):
-        return feature.new_full((len(feature), 2), torch.nan)
+def break_branches(model, patch, is_raising):
+    for branch in model.branches:
+        run = branch.forward
+        patch.setattr(branch, "forward", raises if is_raising else lambda *a, run=run, **k: spoil(run(*a, **k)))
 
 
-@pytest.mark.parametrize("option", ["threshold=1000", "budget=0.9"])
-@pytest.mark.parametrize(("predictor", "reason"), [(Raises(), "routing failed"), (Nan(), None)])
-def test_a_broken_predictor_leads_to_the_backbone(
-    client, model, sample, backbone, monkeypatch, option, predictor, reason
-):
-    monkeypatch.setitem(model.router._modules, "predictor", predictor)
-    reply = client.post(f"/render?{option}", content=npz(*sample), headers=NPY)
-    assert served(reply) == (3, reason) and np.allclose(image_of(reply), backbone, atol=1e-6)
-    parts = client.post(f"/draft-and-refine?{option}", content=npz(*sample)).content
-    assert parts.count(b"\x89PNG") == 1 and b"X-Exit: 3" in parts
+def break_predictor(model, patch, is_raising):
+    patch.setitem(model.router._modules, "predictor", Broken(is_raising))
+
+
+def break_guides(model, patch, is_raising):
+    run = model.guide.guide
+    patch.setattr(model.guide, "guide", raises if is_raising else lambda *args: spoil(run(*args)))
+
+
+FAULTS = {
+    "predictor raises": (break_predictor, True, "routing failed"),
+    "prediction is NaN": (break_predictor, False, "out of distribution"),
+    "branch raises": (break_branches, True, "routing failed"),
+    "image is NaN": (break_branches, False, "image not finite"),
+    "search raises": (break_guides, True, "routing failed"),
+    "guide is NaN": (break_guides, False, "image not finite"),
+}
+
+
+@pytest.fixture(scope="module")
+def guided():
+    return wrapped(retroexit.Guidance(value_after=2))
+
+
+@pytest.mark.parametrize(("damage", "is_raising", "reason"), FAULTS.values(), ids=list(FAULTS))
+def test_what_breaks_in_routing_leads_to_the_backbone(guided, sample, damage, is_raising, reason, monkeypatch):
+    body = npz(*sample)
+    with torch.no_grad():
+        full = guided(*(torch.from_numpy(np.array(part))[None] for part in sample))["image"][0].numpy()
+    with TestClient(application(Service(guided, max_delay_ms=0))) as client:
+        assert served(client.post("/render?threshold=1000", content=body)) == (1, None)
+        damage(guided, monkeypatch, is_raising)
+        reply = client.post("/render?threshold=1000", content=body, headers=NPY)
+        assert served(reply) == (3, reason) and np.allclose(image_of(reply), full, atol=1e-6)
+        draft = client.post("/draft-and-refine?threshold=1000", content=body)
+        assert draft.content.count(b"\x89PNG") <= 1 and b"X-Exit: 1" not in draft.content
+        assert draft.status_code == 500 or b"X-Exit: 3" in draft.content
+        asked = client.post("/render?exit=1", content=body, headers=NPY)
+        is_early = asked.status_code == 200 and served(asked)[0] == 1
+        assert is_early == (damage is break_predictor)  # an exit that the caller chooses needs no prediction
+
+
+@pytest.mark.parametrize("is_raising", [True, False])
+def test_a_broken_predictor_spends_no_budget_on_guesses(client, model, sample, is_raising, monkeypatch):
+    break_predictor(model, monkeypatch, is_raising)
+    reply = client.post("/render?budget=0.9", content=npz(*sample))
+    assert served(reply) == (3, "routing failed" if is_raising else "out of distribution")
 
 
 def test_a_void_promise_leads_to_the_backbone(client, model, sample, backbone, monkeypatch):
@@ -177,24 +244,7 @@ def test_the_void_promise_of_an_export_leads_to_the_backbone(bundle, sample, mon
         program = bundle.programs["predictor"]
         run = program.run
         monkeypatch.setattr(program, "run", lambda arrays: [np.full_like(a, np.nan) for a in run(arrays)])
-        assert served(client.post("/render?budget=0.9", content=body)) == (3, None)
-
-
-def test_an_early_image_that_is_not_finite_leads_to_the_backbone(client, model, sample, backbone, monkeypatch):
-    for branch in model.branches:
-        monkeypatch.setattr(branch, "forward", lambda *a, f=branch.forward, **k: _spoiled(f(*a, **k)))
-    reply = client.post("/render?threshold=1000", content=npz(*sample), headers=NPY)
-    assert served(reply) == (3, "image not finite") and np.allclose(image_of(reply), backbone, atol=1e-6)
-    parts = client.post("/draft-and-refine?exit=1", content=npz(*sample)).content
-    assert parts.count(b"\x89PNG") == 1
-
-
-def _spoiled(output):
-    if isinstance(output, torch.Tensor):
-        return output * torch.nan
-    if isinstance(output, dict):
-        return {name: _spoiled(value) for name, value in output.items()}
-    return type(output)(map(_spoiled, output)) if isinstance(output, (tuple, list)) else output
+        assert served(client.post("/render?budget=0.9", content=body)) == (3, "out of distribution")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +259,7 @@ def test_what_fails_in_the_server_has_a_status(client, sample, monkeypatch, erro
     def submit(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr(client.app.state.service.scheduler, "submit", submit)
+    monkeypatch.setattr(client.app.state.backend.scheduler, "submit", submit)
     reply = client.post("/render?threshold=1", content=npz(*sample))
     assert reply.status_code == status and message in reply.json()["error"]
     assert reply.headers.get("retry-after") == ("1" if status == 503 else None)
@@ -355,6 +405,63 @@ def test_replicas_under_ray_mix_up_no_requests():
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+class Died(Exception):
+    """Stands for what Ray raises when a replica dies."""
+
+
+class Handle:
+    """A handle of Ray Serve whose replicas die in the first calls, or after the first part."""
+
+    def __init__(self, deaths, parts=2):
+        self.deaths, self.parts, self.calls = deaths, parts, 0
+        self.render = self.draft_and_refine = self
+
+    def options(self, stream):
+        self.draft_and_refine = types.SimpleNamespace(remote=self._stream)
+        return self
+
+    async def remote(self, *_):
+        self.calls += 1
+        if self.calls <= self.deaths:
+            raise Died("the actor died")
+        return Reply(200, b"image", "image/png", {"X-Exit": "3"})
+
+    async def _stream(self, *_):
+        yield await self.remote()
+        if self.parts == 1:
+            raise Died("the actor died")
+        yield Reply(200, b"refined", "image/png")
+
+
+@pytest.fixture
+def fake_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    monkeypatch.setitem(sys.modules, "ray.exceptions", types.SimpleNamespace(RayError=Died))
+
+
+@pytest.mark.parametrize(("deaths", "status"), [(0, 200), (2, 200), (3, 500)])
+def test_another_replica_renders_what_one_that_died_has_left(fake_ray, deaths, status):
+    handle = Handle(deaths)
+    reply = asyncio.run(Replicas(handle, 5).render({}, {}, b""))
+    assert reply.status == status and handle.calls == min(deaths + 1, 3)
+    assert reply.headers.get("X-Attempts") == (str(deaths + 1) if status == 200 else None)
+
+
+@pytest.mark.parametrize(("deaths", "parts", "contents"), [(1, 2, [b"image", b"refined"]), (0, 1, [b"image"] * 2)])
+def test_drafts_are_refined_although_a_replica_dies(fake_ray, deaths, parts, contents):
+    async def collect():
+        return [part.content async for part in Replicas(Handle(deaths, parts), 5).draft_and_refine({}, {}, b"")]
+
+    assert asyncio.run(collect()) == contents
+
+
+def test_no_replica_in_time_is_a_time_out(fake_ray, monkeypatch):
+    handle = Handle(0)
+    monkeypatch.setattr(handle, "remote", lambda *_: asyncio.sleep(5))
+    reply = asyncio.run(Replicas(handle, 0.01).render({}, {}, b""))
+    assert reply.status == 504 and b"must be done within 0.01 s" in reply.content
 
 
 @pytest.mark.parametrize(("extra", "start"), [("uvicorn", run_uvicorn), ("ray", start_ray)])

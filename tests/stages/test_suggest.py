@@ -51,6 +51,33 @@ def test_what_lies_before_the_decoder_is_not_part_of_the_spread():
     assert suggest_attach_points(late) == [1, 2, 3]
 
 
+class Block(torch.nn.Sequential):
+    """A stage whose forward takes some seconds of a fake clock."""
+
+    def __init__(self, channels, seconds, clock):
+        super().__init__(torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(channels, channels, 3, padding=1))
+        self.seconds, self.clock = seconds, clock
+
+    def forward(self, x):
+        self.clock[0] += self.seconds
+        return super().forward(x)
+
+
+def test_attach_points_follow_the_time_where_it_was_measured(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("retroexit.stages.timing.time.perf_counter", lambda: clock[0])
+    generator = torch.nn.Sequential(*(Block(4, seconds, clock) for seconds in (4, 1, 4, 1))).eval()
+    options = {"example_inputs": (torch.rand(1, 4, 4, 4),), "stages": ["0", "1", "2", "3"]}
+    assert [s.is_suggested for s in retroexit.find_stages(generator, **options)] == [True, True, True, False]
+    timed = retroexit.find_stages(generator, timed=True, **options)
+    assert [s.time for s in timed] == pytest.approx([0.4, 0.1, 0.4, 0.1])
+    assert [s.elapsed for s in timed] == pytest.approx([0.4, 0.5, 0.9, 1.0])
+    assert [s.is_suggested for s in timed] == [True, True, False, False], "20 % of the time are left to save"
+    model = retroexit.wrap(generator, timed=True, **options)
+    assert [e.stage for e in model.exits[:-1]] == [1, 2]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in generator.modules())
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=70), st.lists(st.integers(1, 99), min_size=70, max_size=70))
 def test_never_the_last_stage_at_most_three_in_order(shares, live):
     suggested = suggest_attach_points(stages(sorted(shares), live[: len(shares)]))
