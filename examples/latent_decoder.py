@@ -199,7 +199,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="channels of each copy, of 64")
     parser.add_argument("--mse", type=float, default=5.0, help="weight of the squared error, beside L1 and LPIPS")
     parser.add_argument("--calibrate", type=float, default=0.25, help="share of the latents that calibrate")
-    parser.add_argument("--steps", type=int, default=16_000, help="6,000 take a third of the time, and lose a fifth more")
+    parser.add_argument("--steps", type=int, default=16_000, help="6,000 lose a fifth more")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
