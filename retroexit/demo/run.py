@@ -20,7 +20,7 @@ from retroexit.plugins.host import host
 from retroexit.report.text_tables import table
 
 ATTACH_AT, SCALES, MIN_CHANNELS = (1, 3, 4), (1 / 4, 1 / 3, 1 / 2), 12
-TEST_SCENES = 96
+TEST_SCENES = 64
 _THREADS = 4  # more of them gain nothing on maps of this size
 FIT_SEED, TEST_SEED = 1, 2  # disjoint blocks of a thousand scenes, not used to train the generator
 
@@ -57,8 +57,8 @@ def run_demo(
     *,
     metric: str = "auto",
     weights: Path | None = None,
-    steps: int = 60,
-    scenes: int = 128,
+    steps: int = 50,
+    scenes: int = 96,
     say: Callable[[str], None] = print,
     command: str | None = None,
 ) -> tuple[EarlyExitGenerator, Evaluation]:
