@@ -57,8 +57,8 @@ def run_demo(
     *,
     metric: str = "auto",
     weights: Path | None = None,
-    steps: int = 50,
-    scenes: int = 96,
+    steps: int = 60,
+    scenes: int = 128,
     say: Callable[[str], None] = print,
     command: str | None = None,
 ) -> tuple[EarlyExitGenerator, Evaluation]:
@@ -94,6 +94,7 @@ def _run(
         title="Street scenes: a SPADE generator with three early exits",
         command=command,
         show=picture,
+        repeats=5,
     )
     tau = highlighted(result, thresholds_for(result))
     routed, means = result.at_threshold(tau), result.loss.mean(0)
