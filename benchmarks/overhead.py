@@ -113,9 +113,9 @@ def compare(name: str, settings: dict[str, Any], count: int, arguments: Any) -> 
     if arguments.compile:
         model.compile(dynamic=True)
         generator.compile()
-    seconds = {
-        side: float(np.median(t[0])) for side, t in take_turns(parts(model, args, kwargs), arguments.turns).items()
-    }
+    turns = take_turns(parts(model, args, kwargs), arguments.turns)
+    clock = int(arguments.threads == 1)  # 1: of the CPU
+    seconds = {side: float(np.median(t[clock])) for side, t in turns.items()}
     full = seconds["backbone"]
     print(
         f"\n{name}, batch {count}, {'compiled' if arguments.compile else 'eager'}: final exit / backbone "

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from retroexit.core.files import make_folder, replacing
+from retroexit.core.progress import progress_bar
 from retroexit.core.samples import Samples
 from retroexit.errors import warn
 from retroexit.evaluation.measure import measure
@@ -73,8 +74,10 @@ def evaluate(
     evaluation, run = measure(model, inputs, host().metric(name, weights), beside, progress=progress, **settings)
     if folder is not None:
         title = title or f"{type(model.generator).__name__} with {len(model.branches)} early exits"
-        strips = pick_strips(run, evaluation, show)
-        with replacing(Path(folder, EVALUATION)) as file:
-            file.write(evaluation.to_json().encode())
-        write_report(folder, evaluation, strips, title=title, command=command, calibration=calibration)
+        with progress_bar(total=1, desc="report", show=progress) as bar:
+            strips = pick_strips(run, evaluation, show)
+            with replacing(Path(folder, EVALUATION)) as file:
+                file.write(evaluation.to_json().encode())
+            write_report(folder, evaluation, strips, title=title, command=command, calibration=calibration)
+            bar.update()
     return evaluation

@@ -17,7 +17,7 @@ from retroexit.plugins import Host
 
 def test_the_demo_command_wraps_fits_and_reports(tmp_path, monkeypatch, capsys):
     pytest.importorskip("typer")
-    monkeypatch.setattr("retroexit.training.initialise._SAMPLES", 2)
+    monkeypatch.setattr("retroexit.training.initialise._SAMPLES", [2])
     monkeypatch.setattr(demo, "ATTACH_AT", (1, 3))
     monkeypatch.setattr(demo, "SCALES", (1 / 4, 1 / 3))
     quick = {"steps": 2, "predictor_steps": 2, "progress": False}

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, skip_init
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -79,8 +80,8 @@ def draw_places(module: nn.Module, output: Tensor, count: int, generator: torch.
 
 def rows(module: nn.Module, output: Tensor, places: Tensor) -> Tensor:
     """Pick a layer's output at some places, ``(P, C)``."""
-    axis = -1 if isinstance(module, nn.Linear) else 1
-    return output.movedim(axis, -1).reshape(-1, output.shape[axis])[places]
+    output = output.movedim(-1 if isinstance(module, nn.Linear) else 1, -1)
+    return output[torch.unravel_index(places, output.shape[:-1])]
 
 
 def design(module: nn.Module, x: Tensor, places: Tensor, *, centre: bool = False) -> Tensor:
@@ -91,20 +92,29 @@ def design(module: nn.Module, x: Tensor, places: Tensor, *, centre: bool = False
     if isinstance(module, nn.Linear):
         return rows(module, x, places)
     conv: Any = module
-    names = ["stride", "padding", "dilation", "padding_mode"]
-    names += ["output_padding"] if isinstance(module, _TRANSPOSED) else []
-    options = {name: getattr(conv, name) for name in names}
-    channels, size = x.shape[1], conv.kernel_size
-    # A depthwise layer with a single one in its kernel copies what the layer reads at that place.
-    probe = skip_init(
-        type(module), channels, channels, size, **options, groups=channels, bias=False, device=x.device
-    ).to(x.dtype)
-    middle = tuple(s // 2 for s in size)
+    size, is_transposed = conv.kernel_size, isinstance(module, _TRANSPOSED)
+    if not is_transposed:
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
+    x = x.movedim(1, -1)
+    axes = list(zip(x.shape[1:-1], size, conv.stride, conv.dilation, strict=True))
+    if is_transposed:
+        extra = zip(axes, conv.padding, conv.output_padding, strict=True)
+        lengths = [(n - 1) * step - 2 * p + gap * (k - 1) + more + 1 for (n, k, step, gap), p, more in extra]
+    else:
+        lengths = [(n - gap * (k - 1) - 1) // step + 1 for n, k, step, gap in axes]
+    sample, *position = torch.unravel_index(places, (len(x), *lengths))
     columns = []
-    for tap in [middle] if centre else torch.cartesian_prod(*map(torch.arange, size)).view(-1, len(size)).tolist():
-        probe.weight.zero_()
-        probe.weight[(slice(None), 0, *tap)] = 1
-        columns.append(rows(module, probe(x), places))
+    for tap in [[k // 2 for k in size]] if centre else itertools.product(*map(range, size)):
+        index, is_inside = [sample], torch.ones_like(sample, dtype=torch.bool)
+        for axis, (n, _, step, gap) in enumerate(axes):
+            if is_transposed:
+                at = position[axis] + conv.padding[axis] - gap * tap[axis]
+                is_inside &= (at % step == 0) & (at >= 0) & (at < n * step)
+                index.append((at // step).clamp(0, n - 1))
+            else:
+                index.append(position[axis] * step + gap * tap[axis])
+        columns.append(x[tuple(index)].masked_fill(~is_inside[:, None], 0))
     return torch.stack(columns, 2).flatten(1)
 
 

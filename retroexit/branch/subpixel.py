@@ -403,9 +403,10 @@ class SubpixelBranch(Branch):
         return self.output.place(self.image((feature, *live), guide), live)
 
     def read(self, feature: Tensor, guide: Tensor | None) -> Tensor:
-        """What the first level reads."""
+        """What the first level reads, on a CPU with channels last: its convolutions are up to twice as fast so."""
         x = feature if self.entry is None else self.entry(feature, guide)
-        return pixel_unshuffle(x, self.sizes.fold)
+        x = pixel_unshuffle(x, self.sizes.fold)
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and x.device.type == "cpu" else x
 
     def image(self, values: Sequence[Tensor], guide: Tensor | None) -> Tensor:
         """Render the image ``(N, C, ...)``."""
@@ -413,7 +414,7 @@ class SubpixelBranch(Branch):
         for level in self.levels:
             x = level(x, values[1:])
         image = pixel_shuffle(self.last(x), self.sizes.last)
-        return self.output.fitted(image, values[0], self.sizes)
+        return self.output.fitted(image, values[0], self.sizes).contiguous()
 
     def start(
         self, full: Tail, stages: Sequence[str], values: Sequence[Tensor], guide: Tensor | None, seed: int

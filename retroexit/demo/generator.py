@@ -53,7 +53,8 @@ class SceneBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Map ``x (N, in_channels, H, W)`` to ``(N, out_channels, H, W)``, the condition shrunk to match."""
-        condition = F.adaptive_avg_pool2d(condition, (x.shape[-2], x.shape[-1]))
+        if condition.shape[-2:] != x.shape[-2:]:
+            condition = F.adaptive_avg_pool2d(condition, (x.shape[-2], x.shape[-1]))
         y = self.conv_0(F.leaky_relu(self.norm_0(x, condition), 0.2))
         y = self.conv_1(F.leaky_relu(self.norm_1(y, condition), 0.2))
         return self.shortcut(x) + y

@@ -19,7 +19,8 @@ from retroexit.wrapping.decomposition import branch_for
 
 logger = logging.getLogger(__name__)
 
-_SAMPLES, _PIXELS = 64, 2**20  # at most; all of them are in memory at once
+_SAMPLES = range(16, 65)
+_PLACES, _PIXELS = 8192, 2**20  # positions of the feature in all samples; pixels at most, which are in memory at once
 
 
 def reconstruct_branches(
@@ -51,9 +52,7 @@ def start_branch(
     is_fresh, branch.is_fresh = branch.is_fresh, False
     if not is_fresh:
         return None
-    pixels = steps.cropper.size or steps.cropper.image_size
-    count = max(2, min(_SAMPLES, _PIXELS // math.prod(pixels)))
-    step = replace(steps, team=Team(), batch=count, needs_inputs=False).at(0)
+    step = replace(steps, team=Team(), batch=_samples(model, index, steps), needs_inputs=False).at(0)
     values = [step.read(node.name) for node in model.split.cuts[index].crossing]
     if branch.inherited and isinstance(branch, CopyBranch) and (keep_channels or not has_checkpoint):
         _choose_channels(model, index, values)
@@ -63,6 +62,15 @@ def start_branch(
         full = model.split.tail(index, share=True)
         stages = [str(node.target) for node in model.split.cuts[index].rest if node.op == "call_module"]
         return branch.eval().start(full, stages, values, step.guide, steps.seed)
+
+
+def _samples(model: EarlyExitGenerator, index: int, steps: Steps) -> int:
+    """Return how many samples a branch is started with: so many that its feature has enough positions."""
+    feature, pixels = model.split.cuts[index].feature.name, steps.cropper.size or steps.cropper.image_size
+    one = replace(steps, team=Team(), batch=1, needs_inputs=False).at(0).read(feature)
+    count = math.ceil(_PLACES / max(1, math.prod(one.shape[2:])))
+    count = min(max(count, _SAMPLES[0]), _SAMPLES[-1])
+    return max(2, min(count, _PIXELS // math.prod(pixels)))
 
 
 def _choose_channels(model: EarlyExitGenerator, index: int, values: list[Tensor]) -> None:

@@ -30,7 +30,7 @@ def test_the_code_of_the_first_pages_runs(name, tmp_path, monkeypatch):
     """With two steps instead of the page's."""
     pytest.importorskip("torchmetrics")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("retroexit.training.initialise._SAMPLES", 2)
+    monkeypatch.setattr("retroexit.training.initialise._SAMPLES", [2])
     quick = {"steps": 2, "predictor_steps": 2, "progress": False}
     monkeypatch.setattr(retroexit, "fit", lambda *args, **settings: api.fit(*args, **settings | quick))
     monkeypatch.setattr(retroexit, "evaluate", functools.partial(api.evaluate, repeats=1, progress=False))

@@ -17,7 +17,7 @@ import retroexit
 from retroexit.core.files import sealed
 from retroexit.errors import MissingExtraError, NotRecordedError, OptionError
 from retroexit.routing.router import guide_distance
-from retroexit.runtime import BundleError
+from retroexit.runtime import BundleError, Scheduler
 from retroexit.runtime import bundle as bundle_module
 
 pytest.importorskip("onnxruntime")
@@ -107,17 +107,23 @@ GUIDES = {
 }
 
 
+@pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("guidance", "order", "reads", "has_limit"), GUIDES.values(), ids=list(GUIDES))
-def test_guides_come_from_the_bank_beside_the_programs(tmp_path, guidance, order, reads, has_limit):
+def test_guides_come_from_the_bank_beside_the_programs(tmp_path, guidance, order, reads, has_limit, format):
     model = wrapped(guidance, order, reads, attach_at=(2,))
     args = inputs(6, (8, 12))
     if has_limit:
         distances = model.guide.retrieve(model.split.begin(args, {})).distances
         model.router.guide_limit = float(guide_distance(distances).median()) + 1e-3
-    bundle = retroexit.load_bundle(retroexit.export(model, tmp_path / "bundle", "torch"))
+    bundle = retroexit.load_bundle(retroexit.export(model, tmp_path / "bundle", format))
     compare(model, bundle, args, exit=1)
     exits = [compare(model, bundle, args, threshold=t) for t in (between(model, args), 100.0)]
     assert {1, 2} <= {*exits[0], *exits[1]}
+    images, chosen = bundle.run(*arrays(args), threshold=100.0)
+    with Scheduler(bundle, max_delay_ms=0) as scheduler:
+        served = [scheduler.submit(sample, threshold=100.0) for sample in zip(*arrays(args), strict=True)]
+        assert [future.result().exit for future in served] == chosen.tolist()
+        np.testing.assert_allclose(np.stack([future.result().image for future in served]), images, **CLOSE)
 
 
 class Drawing(Decoder):
