@@ -14,7 +14,7 @@ import retroexit
 from retroexit.core import workers
 from retroexit.core.samples import Samples
 from retroexit.core.workers import in_order, ray_workers
-from retroexit.errors import BankError, MissingExtraError, OptionError
+from retroexit.errors import BankError, MissingExtraError, OptionError, WorkerError
 from retroexit.retrieval import ExactRetriever
 from retroexit.training.stream_bank import stream_bank
 
@@ -56,8 +56,9 @@ class Rows:
         self.items = items
         self.context = SimpleNamespace(execution_options=SimpleNamespace(preserve_order=False))
 
-    def map_batches(self, function, *, fn_args, batch_size, compute, num_cpus):
-        assert self.context.execution_options.preserve_order and batch_size == 1 and compute == 2 and num_cpus == 1
+    def map_batches(self, function, *, fn_args, **options):
+        assert self.context.execution_options.preserve_order
+        assert options == {"batch_size": 1, "compute": 2, "num_cpus": 1, "max_retries": 3}
         done = {item: function({"item": [item]}, *fn_args) for item in reversed(self.items)}
         self.rows = [{name: column[0] for name, column in done[item].items()} for item in self.items]
         return self
@@ -112,6 +113,15 @@ def test_spans_are_put_together_in_order_and_errors_reach_the_caller(no_ray, mos
             list(in_order(work, range(10, 20)))
     assert no_ray[1:3] == [min(3, 11) if most == 3 else 11, min(3, 10) if most == 3 else 10]
     assert list(in_order(str, [1, 2])) == ["1", "2"]  # outside, without Ray
+
+
+def test_a_worker_that_cannot_load_the_model_says_why(no_ray):
+    def get(_reference):
+        raise RuntimeError("System error:\nModuleNotFoundError: No module named 'mymodels'")
+
+    sys.modules["ray"].get = get
+    with ray_workers(2), pytest.raises(WorkerError, match=r"No module named 'mymodels'\. Install .* all machines see"):
+        list(in_order(str, [1, 2]))
 
 
 def test_a_cluster_is_used_as_it_is_and_a_missing_ray_is_named(no_ray, monkeypatch):
