@@ -76,7 +76,7 @@ class Client:
         for _ in range(TRIES):
             try:
                 if self.connection is None:
-                    self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+                    self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=400)
                 self.connection.request("POST", f"/render?exit={exit}", body, {"Accept": "application/x-npy"})
                 reply = self.connection.getresponse()
                 content = reply.read()
@@ -156,17 +156,17 @@ def ray_server(folder, generator, port, replicas, kill_every):
 
     ray.init(include_dashboard=False)
     load = partial(load_served, folder, f"{__file__}:{generator}")
-    start_ray(load, host="127.0.0.1", port=port, replicas=replicas, options={})
-    is_over, killed = threading.Event(), Counter()
+    start_ray(load, host="127.0.0.1", port=port, replicas=replicas, options={"timeout_s": 300.0})
+    is_over, killed = threading.Event(), set()
 
     def kill():
         while not is_over.wait(kill_every):
             states = serve.status().applications["retroexit"].deployments["replica"].replica_states
-            actors = [a for a in ray.util.list_named_actors(True) if "SERVE_REPLICA::retroexit#replica#" in a["name"]]
-            if states == {"RUNNING": replicas} and actors:  # the one before has been replaced
-                actor = actors[killed["replicas"] % len(actors)]
-                ray.kill(ray.get_actor(actor["name"], actor["namespace"]), no_restart=True)
-                killed["replicas"] += 1
+            actors = {a["name"]: a for a in ray.util.list_named_actors(True)}
+            alive = [name for name in actors if "SERVE_REPLICA::retroexit#replica#" in name and name not in killed]
+            if states == {"RUNNING": replicas} and len(alive) == replicas:  # the one before has been replaced
+                ray.kill(ray.get_actor(alive[0], actors[alive[0]]["namespace"]), no_restart=True)
+                killed.add(alive[0])
 
     thread = threading.Thread(target=kill)
     if kill_every:
@@ -177,7 +177,7 @@ def ray_server(folder, generator, port, replicas, kill_every):
         is_over.set()
         if kill_every:
             thread.join()
-        print(f"replicas killed: {killed['replicas']}")
+        print(f"replicas killed: {len(killed)}")
         serve.shutdown()
         ray.shutdown()
 
@@ -206,6 +206,7 @@ def main():
                 percentiles = [f"{np.percentile(taken, share):.0f}" for share in (50, 90, 99)]
                 outcomes = [str(counts[name]) for name in OUTCOMES]
                 rows.append([str(clients), f"{rate:.1f}", *percentiles, *outcomes])
+                print(f"{clients} clients: {rate:.1f} images/s, {counts}", flush=True)
     print(table(["clients", "images/s", "p50 ms", "p90 ms", "p99 ms", *OUTCOMES], rows))
 
 

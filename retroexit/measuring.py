@@ -189,6 +189,7 @@ class Measurement:
     fidelity: Tensor | None = None
     # After `losses`: which samples are out of distribution and go to the backbone, bool (S,).
     is_ood: Tensor = field(default_factory=lambda: torch.zeros(0).bool())
+    _rendered: dict[int, list[Tensor]] = field(default_factory=dict)  # the last batch of `images_of`, by first sample
 
     @torch.no_grad()
     def losses(self, progress: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -248,9 +249,10 @@ class Measurement:
     def images_of(self, index: int) -> list[Tensor]:
         """Images ``(C, H, W)`` of every exit for one sample, rendered in the batch it was measured in."""
         first = index - index % self.batch
-        rows = list(range(first, min(first + self.batch, len(self.samples))))
-        args, kwargs = self.samples.gather(rows)
-        return [image[index - first] for image in self.images(first, args, kwargs)]
+        if first not in self._rendered:
+            args, kwargs = self.samples.gather(range(first, min(first + self.batch, len(self.samples))))
+            self._rendered = {first: self.images(first, args, kwargs)}
+        return [image[index - first] for image in self._rendered[first]]
 
     def _seeded(self, first: int) -> AbstractContextManager[None]:
         return drawing_from(self.samples.seed + first, device_of(self.model.generator))

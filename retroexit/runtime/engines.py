@@ -110,6 +110,8 @@ class ModelEngine:
         }
         guide = None if states[0][1] is None else torch.cat([state[1] for state in states])
         image = self.model.image(render_from(split, self.model.branches, exit, 0, values, guide))
+        if image.is_cuda:  # once per batch: a result is there, and its time is the batch's
+            torch.cuda.current_stream(image.device).synchronize()
         return list(image.unflatten(0, (len(states), -1)).squeeze(1))
 
 

@@ -233,18 +233,29 @@ def test_a_void_promise_leads_to_the_backbone(client, model, sample, backbone, m
     assert parts.count(b"\x89PNG") == 1 and b"X-Fallback: void promise" in parts
 
 
-def test_the_void_promise_of_an_export_leads_to_the_backbone(bundle, sample, monkeypatch):
-    body = bundle_npz(*sample)
+def test_routing_of_an_export_fails_closed_too(bundle, sample, monkeypatch):
+    body, program = bundle_npz(*sample), bundle.programs["predictor"]
     with TestClient(application(Service(bundle, max_delay_ms=0))) as client:
         assert served(client.post("/render?threshold=1000", content=body))[0] < 3
-        monkeypatch.setitem(bundle.manifest["router"], "feature_size", [99, 99])
-        assert served(client.post("/render?threshold=1000", content=body)) == (3, "void promise")
-        reply = client.post("/draft-and-refine", content=body)
-        assert reply.status_code == 400 and "drafts need a folder" in reply.json()["error"]
-        program = bundle.programs["predictor"]
+        for query, message in (
+            (
+                "render?deadline_ms=5",
+                "deadline_ms needs a folder that fit wrote, got an export. Pass exit or threshold.",
+            ),
+            ("render?budget=50", "Pass 0.5 for 50 %."),
+            ("render?budget=0.001", "budget must be >= 0."),
+            ("draft-and-refine", "drafts need a folder that fit wrote, got an export. Post to /render instead."),
+        ):
+            reply = client.post(f"/{query}", content=body)
+            assert reply.status_code == 400 and message in reply.json()["error"]
         run = program.run
         monkeypatch.setattr(program, "run", lambda arrays: [np.full_like(a, np.nan) for a in run(arrays)])
         assert served(client.post("/render?budget=0.9", content=body)) == (3, "out of distribution")
+        monkeypatch.setattr(program, "run", raises)
+        for option in ("budget=0.9", "threshold=1000"):
+            assert served(client.post(f"/render?{option}", content=body)) == (3, "routing failed")
+        monkeypatch.setitem(bundle.manifest["router"], "feature_size", [99, 99])
+        assert served(client.post("/render?threshold=1000", content=body)) == (3, "void promise")
 
 
 @pytest.mark.parametrize(
