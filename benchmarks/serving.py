@@ -206,6 +206,7 @@ def main():
                 percentiles = [f"{np.percentile(taken, share):.0f}" for share in (50, 90, 99)]
                 outcomes = [str(counts[name]) for name in OUTCOMES]
                 rows.append([str(clients), f"{rate:.1f}", *percentiles, *outcomes])
+                print(f"{clients} clients: {rate:.1f} images/s, {counts}", flush=True)
     print(table(["clients", "images/s", "p50 ms", "p90 ms", "p99 ms", *OUTCOMES], rows))
 
 

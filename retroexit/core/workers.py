@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from retroexit.core.samples import moved
-from retroexit.errors import MissingExtraError, OptionError, RetroExitError
+from retroexit.errors import MissingExtraError, OptionError, RetroExitError, WorkerError
 
 __all__ = ["in_order", "ray_workers"]
 
@@ -42,6 +43,7 @@ def ray_workers(count: int) -> Iterator[None]:
     Raises:
         OptionError: If ``count`` is below 1.
         MissingExtraError: If Ray Data is not installed.
+        WorkerError: Inside the block, if a worker cannot load the model or the samples.
     """
     if count < 1:
         raise OptionError(f"ray workers must be >= 1, got {count}. Leave it out to compute in this process.")
@@ -83,14 +85,15 @@ def in_order(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterat
     data = ray.data.from_items(starts, override_num_blocks=min(len(starts), 16 * count))
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
-    arguments: Any = ([shared], span)  # within a list a reference is passed on as it is
+    # Within a list a reference is passed on as it is.
+    arguments: Any = ([shared], span, sys.path)
     if torch.cuda.is_initialized():  # Ray ends a process that used a GPU after every task
         pool: Any = {"compute": ray.data.ActorPoolStrategy(size=count), "num_gpus": 1}
         parts = data.map_batches(_Worker, fn_constructor_args=arguments, batch_size=1, **pool)
     else:
         pool = {"compute": ray.data.TaskPoolStrategy(size=count), "num_cpus": 1}
         task: Any = _run
-        parts = data.map_batches(task, fn_args=arguments, batch_size=1, **pool)
+        parts = data.map_batches(task, fn_args=arguments, batch_size=1, max_retries=3, **pool)
     for row in parts.iter_rows():
         for is_error, outcome in pickle.loads(row["results"]):
             if is_error:
@@ -98,10 +101,10 @@ def in_order(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterat
             yield outcome
 
 
-def _run(batch: dict[str, Any], shared: list[Any], span: int) -> dict[str, Any]:
+def _run(batch: dict[str, Any], shared: list[Any], *arguments: Any) -> dict[str, Any]:
     """Do one task in a process that keeps the work of the last one."""
     if _Worker.last is None or _Worker.last.shared != shared:
-        _Worker.last = _Worker(shared, span)
+        _Worker.last = _Worker(shared, *arguments)
     return _Worker.last(batch)
 
 
@@ -110,15 +113,25 @@ class _Worker:
 
     last: ClassVar[_Worker | None] = None
 
-    def __init__(self, shared: list[Any], span: int) -> None:
+    def __init__(self, shared: list[Any], span: int, paths: list[str]) -> None:
         import ray
 
         torch.set_num_threads(1)
-        self.shared, self._span = shared, span
-        self._work, self._items = ray.get(shared[0])
+        sys.path.extend(path for path in paths if path not in sys.path)  # where the model's modules are
+        self.shared, self._span, self._error = shared, span, ""
+        try:
+            self._work, self._items = ray.get(shared[0])
+        except Exception as error:  # Ray would try again for ever
+            self._error = str(error).strip().rpartition("\n")[2]
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if self._error:
+            error = WorkerError(
+                f"a worker of Ray must be able to load the model and the samples, but: {self._error}. Install the "
+                "packages of this process there, and put its modules and files where all machines see them."
+            )
+            return {"results": [pickle.dumps([(True, error)])]}
         start = int(batch["item"][0])
         return {"results": [pickle.dumps([self._outcome(item) for item in self._items[start : start + self._span]])]}
 

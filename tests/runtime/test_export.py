@@ -170,11 +170,14 @@ def test_random_numbers_of_another_kind_are_refused(tmp_path):
         retroexit.export(model, tmp_path / "bundle", "torch")
 
 
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("stylegan", "vae")]
+SHORT = [(name, "torch") for name in ("modulated_convolution_with_skip_image", "dataclass_output")]
+LONG = [
+    pytest.param(name, format, marks=pytest.mark.long) for name in ("stylegan", "vae") for format in ("torch", "aoti")
+]
 
 
-@pytest.mark.parametrize("name", ["modulated_convolution_with_skip_image", "dataclass_output", *LONG])
-def test_other_generators_are_exported(tmp_path, toys, name):
+@pytest.mark.parametrize(("name", "format"), [*SHORT, *LONG])
+def test_other_generators_are_exported(tmp_path, toys, name, format):
     if name in toys.TOYS:  # the first has a value that crosses the cut with strides of its own
         toy = toys.TOYS[name]()
         generator, args, kwargs = toy.generator, toy.args, {}
@@ -185,7 +188,7 @@ def test_other_generators_are_exported(tmp_path, toys, name):
     else:
         generator, args, kwargs = kl().decoder.eval(), (torch.randn(1, 4, 8, 8),), {}
     model = retroexit.wrap(generator, [1], 1 / 2, min_channels=4, example_inputs=args, example_kwargs=kwargs)
-    bundle = retroexit.load_bundle(retroexit.export(model, tmp_path / "bundle", "torch", verify=False))
+    bundle = retroexit.load_bundle(retroexit.export(model, tmp_path / "bundle", format, verify=False))
     args = tuple(torch.cat([x, x]) for x in args)
     kwargs = {key: [torch.cat([x, x]) for x in value] for key, value in kwargs.items()}
     named = {key: arrays(value) for key, value in kwargs.items()}

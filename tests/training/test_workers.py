@@ -2,8 +2,9 @@
 
 import copy
 import logging
-import pickle
+import os
 import sys
+import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ import retroexit
 from retroexit.core import workers
 from retroexit.core.samples import Samples
 from retroexit.core.workers import in_order, ray_workers
-from retroexit.errors import BankError, MissingExtraError, OptionError
+from retroexit.errors import BankError, MissingExtraError, OptionError, WorkerError
 from retroexit.retrieval import ExactRetriever
 from retroexit.training.stream_bank import stream_bank
 
@@ -25,7 +26,7 @@ def everything(folder, with_references=False):
     model = wrap(make(Noisy), guidance=guidance)
     bank = stream_bank(model, Samples(latents(14), 3), ExactRetriever(), progress=False)
     fit(model, folder, latents(40), calibrate=0.7, alpha=0.3, confidence=0.7, predict_from="features+distance")
-    images = model.generator(latents(11)).detach().clamp(-1, 1) if with_references else None
+    images = 1 - 2 * torch.rand(11, 3, 16, 16, generator=torch.Generator().manual_seed(0)) if with_references else None
     evaluation = retroexit.evaluate(
         model, latents(51)[40:], references=images, metric=Distance(), progress=False, repeats=0
     )
@@ -56,8 +57,9 @@ class Rows:
         self.items = items
         self.context = SimpleNamespace(execution_options=SimpleNamespace(preserve_order=False))
 
-    def map_batches(self, function, *, fn_args, batch_size, compute, num_cpus):
-        assert self.context.execution_options.preserve_order and batch_size == 1 and compute == 2 and num_cpus == 1
+    def map_batches(self, function, *, fn_args, **options):
+        assert self.context.execution_options.preserve_order
+        assert options == {"batch_size": 1, "compute": 2, "num_cpus": 1, "max_retries": 3}
         done = {item: function({"item": [item]}, *fn_args) for item in reversed(self.items)}
         self.rows = [{name: column[0] for name, column in done[item].items()} for item in self.items]
         return self
@@ -114,6 +116,15 @@ def test_spans_are_put_together_in_order_and_errors_reach_the_caller(no_ray, mos
     assert list(in_order(str, [1, 2])) == ["1", "2"]  # outside, without Ray
 
 
+def test_a_worker_that_cannot_load_the_model_says_why(no_ray):
+    def get(_reference):
+        raise RuntimeError("System error:\nModuleNotFoundError: No module named 'mymodels'")
+
+    sys.modules["ray"].get = get
+    with ray_workers(2), pytest.raises(WorkerError, match=r"No module named 'mymodels'\. Install .* all machines see"):
+        list(in_order(str, [1, 2]))
+
+
 def test_a_cluster_is_used_as_it_is_and_a_missing_ray_is_named(no_ray, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
     with ray_workers(2):
@@ -137,12 +148,4 @@ def test_two_workers_of_ray_compute_what_one_process_does(tmp_path):
     alone = everything(tmp_path / "alone", with_references=True)
     with ray_workers(2):
         assert differing(everything(tmp_path / "both", with_references=True), alone) == []
-        assert len(set(in_order(_process, range(40)))) == 2
-
-
-def _process(_item):
-    import os
-    import time
-
-    time.sleep(0.05)
-    return pickle.loads(pickle.dumps(os.getpid()))
+        assert len(set(in_order(lambda _: time.sleep(0.05) or os.getpid(), range(40)))) == 2
