@@ -8,7 +8,8 @@ that data, steps, windows, rates, loss, running average and kind of start are th
 * Torch-Pruning: channels of least magnitude pruned over all layers;
 * one exit: every image through the same exit of ours;
 * by threshold, by budget: ours, exits chosen by the predictor;
-* oracle: every image through the cheapest exit that is good enough by its true loss.
+* oracle: every image through the cheapest exit that is good enough by its true loss; with a student, the smallest
+  sub-pixel student is one exit more, in front of the first stage.
 
 The guard against inputs out of distribution is off. Everything is counted in MACs; times are CPU time as a share of the
 decoder's, single images by turns in one process. What is finished in ``--out`` is not done again.
@@ -58,6 +59,7 @@ STYLES = {
     "by threshold": ("#0072B2", "-"),
     "by budget": ("#56B4E9", "-"),
     "oracle": ("#BBBBBB", "-"),
+    "oracle, with a student": ("#E69F00", ":"),
 }
 
 
@@ -225,6 +227,14 @@ def routed(evaluation: Evaluation, dense: int = 60) -> list[Point]:
     return points
 
 
+def with_student(ours: Evaluation, statics: Evaluation) -> Evaluation:
+    """Add the first static network, a student that reads the latent, to our exits; without predictions."""
+    first: dict[str, Any] = {"loss": np.concatenate([statics.loss[:, :1], ours.loss], 1)}
+    first["macs"] = np.concatenate([statics.macs[:1], ours.macs])
+    first["overhead"] = np.concatenate([ours.overhead[:1], ours.overhead])
+    return replace(ours, predicted=None, exits=[], fidelity=None, **first)
+
+
 def compare(case: Case, sizes: Sizes, seed: int, arguments: argparse.Namespace) -> list[Point]:
     """Fit and measure everything with one seed."""
     folder = arguments.out / f"seed-{seed}"
@@ -234,6 +244,9 @@ def compare(case: Case, sizes: Sizes, seed: int, arguments: argparse.Namespace) 
     points = [Point.of(way, size, other, other.fixed(exit)) for exit, (way, size) in enumerate(sizes.statics, 1)]
     points += [Point.of("one exit", exit, own, own.fixed(exit)) for exit in range(1, len(sizes.macs) + 1)]
     points += routed(own)
+    levels = [point.setting for point in points if point.way == "oracle"]
+    both = with_student(own, other)
+    points += [Point.of("oracle, with a student", tau, both, both.oracle(tau)) for tau in levels]
     if arguments.repeats:
         path = folder / "times.json"
         if not path.exists():

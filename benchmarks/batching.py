@@ -12,6 +12,7 @@ project: point ``--shared`` (or RETROEXIT_SHARED) to the folder that holds ``dat
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,9 +49,10 @@ def parts(model: Any, x: Tensor) -> tuple[dict[str, Callable[[int], object]], di
     return sides, routes | {len(model.branches) + 1: [*done, "rest"]}
 
 
-def serve(model: Any, samples: Sequence[Any], exits: list[int], batch: int) -> None:
-    """Render all samples by a scheduler."""
-    with Scheduler(model, max_batch=batch, max_delay_ms=1000, queue_limit=len(exits) + 1, start=False) as scheduler:
+def serve(model: Any, samples: Sequence[Any], exits: list[int], batch: int, clock: Any = time.thread_time) -> None:
+    """Render all samples by a scheduler, which measures batches by a clock."""
+    options: Any = {"queue_limit": len(exits) + 1, "start": False, "clock": clock}
+    with Scheduler(model, max_batch=batch, max_delay_ms=1000, **options) as scheduler:
         scheduler.seconds = SECONDS.setdefault(batch, scheduler.seconds)
         futures = [scheduler.submit(x, exit=exit) for x, exit in zip(samples, exits, strict=True)]
         scheduler.close()

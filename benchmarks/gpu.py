@@ -207,7 +207,7 @@ def mixed_batches(bench: Bench) -> Rows:
     sides: dict[str, Callable[[int], object]] = {
         "one by one": lambda _: [model(*a, exit=e, **k) for (a, k), e in zip(singles, exits, strict=True)],
         "one mixed batch": lambda _: model.routed(*args, choose=choose, **kwargs),
-        "scheduler": lambda _: serve(model, samples, exits, count),
+        "scheduler": lambda _: serve(model, samples, exits, count, time.perf_counter),
         "backbone, one batch": lambda _: model(*args, **kwargs),
     }
     difference = f"{float((mixed - alone).abs().max()):.1e}"

@@ -53,14 +53,15 @@ def prepare(folder, generator):
     cases = []
     for scene in scene_inputs(SCENES, 2):
         buffer = io.BytesIO()
-        np.savez(buffer, labels=scene[0].numpy(), z=scene[1].numpy())
+        np.savez_compressed(buffer, labels=scene[0].numpy(), z=scene[1].numpy())
         for exit in range(1, len(model.exits) + 1):
             with torch.no_grad():
                 image = model(*(x[None] for x in scene), exit=exit)[0].numpy()
             cases.append((buffer.getvalue(), exit, image))
-    images = np.stack([image for *_, image in cases]).reshape(len(cases), -1)
-    gaps = [np.abs(images - image).max(1) for image in images]
-    assert np.sort(gaps)[:, 1].min() > 2 * TOLERANCE, "images must differ, so that none is taken for another"
+    for exit in range(1, len(model.exits) + 1):  # the server says which exit an image is of
+        images = np.stack([image.ravel() for _, number, image in cases if number == exit])
+        gaps = [np.sort(np.abs(images - image).max(1))[1] for image in images]
+        assert min(gaps) > 2 * TOLERANCE, f"images must differ, so that none is taken for another, got {min(gaps)}"
     return cases
 
 
@@ -75,7 +76,7 @@ class Client:
         for _ in range(TRIES):
             try:
                 if self.connection is None:
-                    self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+                    self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=400)
                 self.connection.request("POST", f"/render?exit={exit}", body, {"Accept": "application/x-npy"})
                 reply = self.connection.getresponse()
                 content = reply.read()
@@ -153,18 +154,19 @@ def ray_server(folder, generator, port, replicas, kill_every):
     import ray
     from ray import serve
 
+    ray.init(include_dashboard=False)
     load = partial(load_served, folder, f"{__file__}:{generator}")
-    start_ray(load, host="127.0.0.1", port=port, replicas=replicas, options={})
-    is_over, killed = threading.Event(), Counter()
+    start_ray(load, host="127.0.0.1", port=port, replicas=replicas, options={"timeout_s": 300.0})
+    is_over, killed = threading.Event(), set()
 
     def kill():
         while not is_over.wait(kill_every):
             states = serve.status().applications["retroexit"].deployments["replica"].replica_states
-            actors = [a for a in ray.util.list_named_actors(True) if "SERVE_REPLICA::retroexit#replica#" in a["name"]]
-            if states == {"RUNNING": replicas} and actors:  # the one before has been replaced
-                actor = actors[killed["replicas"] % len(actors)]
-                ray.kill(ray.get_actor(actor["name"], actor["namespace"]), no_restart=True)
-                killed["replicas"] += 1
+            actors = {a["name"]: a for a in ray.util.list_named_actors(True)}
+            alive = [name for name in actors if "SERVE_REPLICA::retroexit#replica#" in name and name not in killed]
+            if states == {"RUNNING": replicas} and len(alive) == replicas:  # the one before has been replaced
+                ray.kill(ray.get_actor(alive[0], actors[alive[0]]["namespace"]), no_restart=True)
+                killed.add(alive[0])
 
     thread = threading.Thread(target=kill)
     if kill_every:
@@ -175,7 +177,7 @@ def ray_server(folder, generator, port, replicas, kill_every):
         is_over.set()
         if kill_every:
             thread.join()
-        print(f"replicas killed: {killed['replicas']}")
+        print(f"replicas killed: {len(killed)}")
         serve.shutdown()
         ray.shutdown()
 
@@ -204,6 +206,7 @@ def main():
                 percentiles = [f"{np.percentile(taken, share):.0f}" for share in (50, 90, 99)]
                 outcomes = [str(counts[name]) for name in OUTCOMES]
                 rows.append([str(clients), f"{rate:.1f}", *percentiles, *outcomes])
+                print(f"{clients} clients: {rate:.1f} images/s, {counts}", flush=True)
     print(table(["clients", "images/s", "p50 ms", "p90 ms", "p99 ms", *OUTCOMES], rows))
 
 

@@ -8,6 +8,7 @@ import logging
 
 from retroexit.api import disable, draft, enable, evaluate, find_stages, fit, load, summary, wrap
 from retroexit.core.files import __version__ as __version__
+from retroexit.core.workers import ray_workers
 from retroexit.errors import RetroExitError, RetroExitWarning
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.provider import Guidance
@@ -40,6 +41,7 @@ __all__ = [
     "hookimpl",
     "load",
     "load_bundle",
+    "ray_workers",
     "summary",
     "wrap",
 ]

@@ -101,6 +101,10 @@ class QueueFull(RetroExitError, RuntimeError):
     """A scheduler has no room for another request."""
 
 
+class WorkerError(RetroExitError, RuntimeError):
+    """A worker of Ray cannot do its part."""
+
+
 class PluginError(RetroExitError, RuntimeError):
     """A plug-in is broken, or two plug-ins claim one name."""
 

@@ -14,6 +14,7 @@ from retroexit.core.modules import device_of
 from retroexit.core.nested import flatten, tensors
 from retroexit.core.progress import progress_bar
 from retroexit.core.samples import ImageRange, Samples, drawing_from, measure_range, moved, plain_numbers
+from retroexit.core.workers import in_order
 from retroexit.errors import GeneratorError, OptionError, TrainingError
 from retroexit.guidance.provider import GuideProvider
 from retroexit.metrics import QualityMetric
@@ -188,37 +189,38 @@ class Measurement:
     fidelity: Tensor | None = None
     # After `losses`: which samples are out of distribution and go to the backbone, bool (S,).
     is_ood: Tensor = field(default_factory=lambda: torch.zeros(0).bool())
+    _rendered: dict[int, list[Tensor]] = field(default_factory=dict)  # the last batch of `images_of`, by first sample
 
     @torch.no_grad()
     def losses(self, progress: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Measure all samples: losses ``(S, K)``, predicted losses ``(S, K)``, guide distance ``(S,)``."""
-        losses, predicted, distances, is_far, fidelity = [], [], [], [], []
+        batches: list[dict[str, Tensor]] = []
         with progress_bar(total=len(self.samples), desc="exits against backbone", show=progress) as bar:
-            for indices, args, kwargs in self.samples.batches(self.batch):
-                is_ood = torch.zeros(len(indices)).bool()
-                images = self.images(indices[0], args, kwargs)
-                losses.append(self._losses_of(images))
-                if self.references is not None:
-                    fidelity.append(self.references.compare(indices[0], images, self.limits, self.metric).cpu())
-                if self.model.router.predictor is not None:
-                    prediction = self.predict(indices[0], args, kwargs)
-                    predicted.append(prediction.losses)
-                    is_ood = prediction.is_ood.cpu()
-                if self.model.guide.bank is not None and self.model.guide.taps is not None:
-                    with self._seeded(indices[0]):
-                        retrieved = self.model.guide.retrieve(self.model.split.begin(args, kwargs))
-                    distances.append(guide_distance(retrieved.distances)[:, 0])
-                    limit = self.model.router.guide_limit
-                    is_ood = is_ood | (distances[-1].cpu() > (torch.inf if limit is None else limit))
-                is_far.append(is_ood)
-                bar.update(len(indices))
-        self.is_ood = torch.cat(is_far)
-        self.fidelity = torch.cat(fidelity) if fidelity else None
-        return (
-            torch.cat(losses).cpu(),
-            torch.cat(predicted).cpu() if predicted else None,
-            torch.cat(distances).cpu() if distances else None,
-        )
+            for measured in in_order(self._measure, range(0, len(self.samples), self.batch)):
+                batches.append(measured)
+                bar.update(len(measured["losses"]))
+        all_of = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        self.is_ood, self.fidelity = all_of["is_ood"], all_of.get("fidelity")
+        return all_of["losses"], all_of.get("predicted"), all_of.get("distances")
+
+    def _measure(self, first: int) -> dict[str, Tensor]:
+        """Measure the batch that begins at a sample; the results are on the CPU."""
+        args, kwargs = self.samples.gather(range(first, min(first + self.batch, len(self.samples))))
+        images = self.images(first, args, kwargs)
+        measured = {"losses": self._losses_of(images), "is_ood": torch.zeros(len(images[-1])).bool()}
+        if self.references is not None:
+            measured["fidelity"] = self.references.compare(first, images, self.limits, self.metric)
+        if self.model.router.predictor is not None:
+            prediction = self.predict(first, args, kwargs)
+            measured |= {"predicted": prediction.losses, "is_ood": prediction.is_ood}
+        if self.model.guide.bank is not None and self.model.guide.taps is not None:
+            with self._seeded(first):
+                retrieved = self.model.guide.retrieve(self.model.split.begin(args, kwargs))
+            distances = guide_distance(retrieved.distances)[:, 0]
+            limit = self.model.router.guide_limit
+            is_far = distances > (torch.inf if limit is None else limit)
+            measured |= {"distances": distances, "is_ood": measured["is_ood"].cpu() | is_far.cpu()}
+        return {name: value.cpu() for name, value in measured.items()}
 
     def _losses_of(self, images: list[Tensor]) -> Tensor:
         """Losses ``(N, K)`` of the images of one batch."""
@@ -247,9 +249,10 @@ class Measurement:
     def images_of(self, index: int) -> list[Tensor]:
         """Images ``(C, H, W)`` of every exit for one sample, rendered in the batch it was measured in."""
         first = index - index % self.batch
-        rows = list(range(first, min(first + self.batch, len(self.samples))))
-        args, kwargs = self.samples.gather(rows)
-        return [image[index - first] for image in self.images(first, args, kwargs)]
+        if first not in self._rendered:
+            args, kwargs = self.samples.gather(range(first, min(first + self.batch, len(self.samples))))
+            self._rendered = {first: self.images(first, args, kwargs)}
+        return [image[index - first] for image in self._rendered[first]]
 
     def _seeded(self, first: int) -> AbstractContextManager[None]:
         return drawing_from(self.samples.seed + first, device_of(self.model.generator))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -446,6 +446,14 @@ class EarlyExitGenerator(nn.Module):
         facts = (type(self.generator).__name__, self.exits, self.calibration, self.about)
         card = model_card(*facts, repository=repository, license=license, base_model=base_model)
         return push(self.save, card, repository, **options)
+
+    def _save_in_pipeline(self, save_directory: Any) -> NoReturn:
+        """Refuse: a pipeline would be saved without its autoencoder. The adapter of diffusers names this method."""
+        raise GeneratorError(
+            f"a pipeline must be saved with its own autoencoder, got one with early exits for {save_directory}. Put "
+            "the autoencoder back and save again; model.save(folder) or model.push_to_hub writes the exits. What "
+            "retroexit.enable(pipe, folder) puts in may stay."
+        )
 
     def restore(self, weights: dict[str, Tensor]) -> None:
         """Give the branches saved weights, now or once recorded; `CheckpointError` if they do not fit."""

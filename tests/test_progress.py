@@ -10,6 +10,7 @@ from retroexit.core import progress
 @pytest.mark.parametrize("seconds", [0.0, 1e6])
 def test_without_a_terminal_a_line_is_written_now_and_then(monkeypatch, capsys, seconds):
     monkeypatch.setattr(progress, "_SECONDS", seconds)
+    monkeypatch.setattr(progress, "_SHARE", 0)
     with progress.progress_bar(total=3, desc="work", show=True) as bar:
         for _ in range(3):
             bar.update()
@@ -28,6 +29,16 @@ def test_a_slow_step_is_shown_too(monkeypatch, capsys):
             time.sleep(0.1)
             text += capsys.readouterr().err
     assert text.splitlines()[-1].startswith("work: 0 of 2, 00:01 passed")
+
+
+def test_lines_become_rarer(capsys):
+    pauses = []
+    with progress.progress_bar(total=1, desc="work", show=True) as bar:
+        for passed in (0, 60, 300, 1e5):
+            bar.start_t = bar._time() - passed
+            bar.refresh()
+            pauses.append(round(bar.pause, 1))
+    assert pauses == [4, 4, 10, 60]
 
 
 def test_it_can_be_switched_off(capsys):

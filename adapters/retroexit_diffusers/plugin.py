@@ -5,12 +5,14 @@ Classes are recognised by name and package, so that nothing is imported from dif
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from retroexit.errors import GeneratorError
+from retroexit.model import EarlyExitGenerator
 from retroexit.plugins import Description, hookimpl
 from retroexit.standin import EarlyExitDecoder
 
@@ -37,6 +39,7 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
     decoder = getattr(generator, "decoder", None)
     decoder = decoder.unwrap() if isinstance(decoder, EarlyExitDecoder) else decoder
     if _is_of_diffusers(generator) and isinstance(decoder, nn.Module) and _is_decoder(decoder):
+        _let_pipelines_refuse_exits()
         paths = _stages(decoder)
         return Description(
             name=f"diffusers {name}",
@@ -46,6 +49,14 @@ def retroexit_describe(generator: nn.Module) -> Description | None:
             image_range=(-1.0, 1.0),
         )
     return None
+
+
+def _let_pipelines_refuse_exits() -> None:
+    """Let `save_pretrained` of a pipeline say what to do with a wrapped autoencoder, which it leaves out otherwise."""
+    loading = sys.modules.get("diffusers.pipelines.pipeline_loading_utils")
+    if loading is not None:
+        methods = {EarlyExitGenerator.__name__: ["_save_in_pipeline", "from_pretrained"]}
+        loading.LOADABLE_CLASSES.setdefault(EarlyExitGenerator.__module__, methods)
 
 
 def _is_of_diffusers(module: nn.Module) -> bool:

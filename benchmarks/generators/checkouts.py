@@ -18,7 +18,7 @@ from generators.entry import Entry, Made
 
 
 def oasis(folder: Path) -> Made:
-    module = _load(folder, "models.generator")
+    module = load_module(folder, "models.generator")
     options = SimpleNamespace(
         channels_G=8,
         semantic_nc=6,
@@ -36,8 +36,8 @@ def oasis(folder: Path) -> Made:
 
 
 def spade(folder: Path) -> Made:
-    with _absent_modules_stubbed(folder):
-        module = _load(folder, "models.networks.generator")
+    with absent_modules_stubbed(folder):
+        module = load_module(folder, "models.networks.generator")
     options = SimpleNamespace(
         ngf=16,
         semantic_nc=6,
@@ -58,7 +58,7 @@ def spade(folder: Path) -> Made:
 
 
 def stylegan2_ada(folder: Path) -> Made:
-    module = _load(folder, "training.networks")
+    module = load_module(folder, "training.networks")
     options = {"channel_base": 1024, "channel_max": 64}
     model = module.Generator(16, 0, 16, 64, 3, {"num_layers": 2}, options)
     return Made(model, (torch.randn(1, 16), None), {"noise_mode": "const"})
@@ -67,7 +67,7 @@ def stylegan2_ada(folder: Path) -> Made:
 def stylegan2_rosinality(folder: Path) -> Made:
     # Its operators are compiled on import; on a CPU it then uses plain torch.
     with mock.patch("torch.utils.cpp_extension.load", return_value=None):
-        module = _load(folder, "model")
+        module = load_module(folder, "model")
     with mock.patch.dict(module.Generator.__init__.__globals__):
         model = module.Generator(32, 16, 2, channel_multiplier=1)
     return Made(model, ([torch.randn(1, 16)],), {"randomize_noise": False})
@@ -77,14 +77,14 @@ def _of_networks(name: str, *args: Any, size: int = 64, **options: Any) -> Calla
     """Make a class of ``models/networks.py`` that maps an image to an image; the first argument is its channels."""
 
     def make(folder: Path) -> Made:
-        model = getattr(_load(folder, "models.networks"), name)(*args, **options)
+        model = getattr(load_module(folder, "models.networks"), name)(*args, **options)
         return Made(model, (torch.rand(1, args[0], size, size),))
 
     return make
 
 
 def biggan(folder: Path) -> Made:
-    module = _load(folder, "BigGAN")
+    module = load_module(folder, "BigGAN")
     model = module.Generator(
         G_ch=16, dim_z=40, resolution=64, G_attn="32", n_classes=10, hier=True, shared_dim=16, no_optim=True
     )
@@ -92,23 +92,23 @@ def biggan(folder: Path) -> Made:
 
 
 def rrdbnet(folder: Path) -> Made:
-    module = _load(folder, "RRDBNet_arch")
+    module = load_module(folder, "RRDBNet_arch")
     return Made(module.RRDBNet(3, 3, 32, 4, gc=16), (torch.rand(1, 3, 16, 16),))
 
 
 def megaportraits(folder: Path) -> Made:
-    with _absent_modules_stubbed(folder):
-        module = _load(folder, "model")
+    with absent_modules_stubbed(folder):
+        module = load_module(folder, "model")
     return Made(module.G2d(96), (torch.randn(1, 96, 4, 4),))
 
 
-def _load(folder: Path, name: str) -> ModuleType:
+def load_module(folder: Path, name: str) -> ModuleType:
     sys.path.insert(0, str(folder))
     return importlib.import_module(name)
 
 
 @contextmanager
-def _absent_modules_stubbed(folder: Path) -> Iterator[None]:
+def absent_modules_stubbed(folder: Path) -> Iterator[None]:
     """Let the files of a checkout import what is not installed and not needed for their generator."""
     finder = _Stubs(folder)
     sys.meta_path.append(finder)

@@ -36,6 +36,7 @@ Streaming: Any = options.group_of(
 
 
 @bank.command(epilog=f"{_EXAMPLE} build mymodels:decoder --inputs mydata:train --out runs/bank")
+@options.on_ray
 @options.grouped
 def build(
     target: options.Target,

@@ -50,6 +50,7 @@ class Fitted:
         return model, samples, self.threshold or [0.05, 0.1, 0.15]
 
 
+@options.on_ray
 @options.grouped
 def calibrate(
     fitted: Fitted,
@@ -93,6 +94,7 @@ def calibrate(
     options.next_step(f"retroexit evaluate {fitted.words} --inputs mydata:test")
 
 
+@options.on_ray
 @options.grouped
 def evaluate(
     context: typer.Context,

@@ -98,6 +98,7 @@ FIRST_PAGE: Final = {
 
 
 @options.paged(FIRST_PAGE)
+@options.on_ray
 @options.grouped
 def fit(
     target: options.Target,

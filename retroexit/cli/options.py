@@ -5,7 +5,7 @@ import inspect
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_type_hints
@@ -15,6 +15,7 @@ from typer import Argument, Option
 from typer.core import TyperCommand
 
 from retroexit.core.files import reading
+from retroexit.core.workers import ray_workers
 from retroexit.errors import OptionError, closest
 
 TARGET: Final = "Where the trained generator comes from: package.module:factory or path/to/file.py:factory."
@@ -34,6 +35,7 @@ Weights = Annotated[Path | None, Option(help="File with the metric's weights.")]
 Thresholds = Annotated[list[float] | None, Option("--threshold", min=0, help="Threshold; repeat it.")]
 Alpha = Annotated[float, Option(help="Share of inputs that may lose more than a promised threshold.")]
 Confidence = Annotated[float, Option(help="Probability that the promise holds.")]
+_Ray = Annotated[int | None, Option(min=1, help="Workers of Ray that compute all but the training.")]
 Latency = Annotated[int | None, Option(min=1, help="Time calls with this many samples, for deadlines.")]
 
 
@@ -61,6 +63,20 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         command(**values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def on_ray(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the option ``--ray``, which runs the command inside `ray_workers`."""
+
+    @functools.wraps(command)
+    def run(*, ray: int | None, **values: Any) -> None:
+        with nullcontext() if ray is None else ray_workers(ray):
+            command(**values)
+
+    signature = inspect.signature(command)
+    added = inspect.Parameter("ray", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Ray)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])  # type: ignore[attr-defined]
     return run
 
 

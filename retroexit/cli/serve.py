@@ -83,4 +83,8 @@ def load_served(
         raise OptionError(f"{folder} must be an export, or come with --generator, got none. Pass mymodels:decoder.")
     made, example = load_generator(generator, arguments)
     example = choose_example(example, made, inputs, shape)
-    return retroexit.load(folder, made, *example, adapter=False if adapter == "none" else adapter)
+    model = retroexit.load(folder, made, *example, adapter=False if adapter == "none" else adapter)
+    if model.latency is not None:  # deadlines are of this machine and of single requests
+        args, kwargs = model.split.example_now()
+        model.measure_latency(*args, runs=10, **kwargs)
+    return model

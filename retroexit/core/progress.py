@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 __all__ = ["progress_bar"]
 
-_SECONDS = 4.0  # between two lines of a log
+_SECONDS = 4.0  # between two lines of a log, at first
+_SHARE, _MOST = 1 / 30, 60.0  # later that share of the time that has passed, up to a minute
 _LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} passed, {remaining} left{postfix}"
 
 
@@ -19,6 +20,7 @@ class _Bar(tqdm):
     """Shows the time that has passed also while a single step is slow."""
 
     disable: bool
+    pause = _SECONDS
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.displayed, self.closed = time.monotonic(), threading.Event()
@@ -42,7 +44,7 @@ def _refresh(bar: weakref.ref[_Bar], closed: threading.Event) -> None:
         shown = bar()
         if shown is None:
             return
-        if time.monotonic() >= shown.displayed + _SECONDS:
+        if time.monotonic() >= shown.displayed + shown.pause:
             shown.refresh()
         del shown
 
@@ -63,6 +65,11 @@ class _Lines(_Bar):
             last = text
 
         return write
+
+    def display(self, *args: Any, **options: Any) -> Any:
+        """Write the present state, and less often the longer the work takes."""
+        self.pause = self.mininterval = max(_SECONDS, min(_MOST, _SHARE * self.format_dict["elapsed"]))
+        return super().display(*args, **options)
 
     def close(self) -> None:
         """Write the last state, without the empty line of a bar."""

@@ -20,7 +20,7 @@ from retroexit.plugins.host import host
 from retroexit.report.text_tables import table
 
 ATTACH_AT, SCALES, MIN_CHANNELS = (1, 3, 4), (1 / 4, 1 / 3, 1 / 2), 12
-TEST_SCENES = 96
+TEST_SCENES = 64
 _THREADS = 4  # more of them gain nothing on maps of this size
 FIT_SEED, TEST_SEED = 1, 2  # disjoint blocks of a thousand scenes, not used to train the generator
 
@@ -94,6 +94,7 @@ def _run(
         title="Street scenes: a SPADE generator with three early exits",
         command=command,
         show=picture,
+        repeats=5,
     )
     tau = highlighted(result, thresholds_for(result))
     routed, means = result.at_threshold(tau), result.loss.mean(0)

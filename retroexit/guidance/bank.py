@@ -72,6 +72,9 @@ class GuidanceBank:
     def __len__(self) -> int:
         return len(self.values)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "values": np.asarray(self.values)}  # pickle would copy a memory map twice
+
     def __repr__(self) -> str:
         shape = "x".join(str(n) for n in self.values.shape[1:])
         return f"GuidanceBank({self.retriever!r}, values {shape} float16)"

@@ -4,10 +4,11 @@
 is ``v + S (q - k)``, and a few hundred pairs describe an image better than 100,000 plain ones.
 """
 
+import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,7 @@ def build_bank(
     max_candidates: int = 100_000,
     candidates: Candidates | None = None,
     meta: dict[str, Any] | None = None,
+    run: Callable[[Callable[[list[int]], Tensor], Sequence[list[int]]], Iterable[Tensor]] = map,
     progress: bool = False,
 ) -> GuidanceBank:
     """Cut key features into patches, thin them, and compute the values of those chosen.
@@ -192,6 +194,7 @@ def build_bank(
         max_candidates: Keys held in memory before thinning.
         candidates: Holds them instead; a resumed stream continues where it stopped.
         meta: Facts to record, plain data.
+        run: Calls ``values_of`` with lists of inputs one after the other, as `map` does.
         progress: Show progress bars on a terminal.
 
     Raises:
@@ -207,7 +210,7 @@ def build_bank(
     radius, mean = coverage(candidates.keys, keys)
     within = candidates.reach + radius
     source, cells = candidates.tags[rows].T
-    values = _compute_values(values_of, source, cells, candidates.grid, progress)
+    values = _compute_values(functools.partial(run, values_of), source, cells, candidates.grid, progress)
     retriever.build(keys)
     thinning: dict[str, Any] = {"how": thin, "size": size, "eps": eps, "seed": seed, "seen": candidates.seen}
     thinning |= {"candidates": candidates.held, "radius": radius, "mean": mean}  # both of the candidates
@@ -246,7 +249,7 @@ def _collect(
 
 
 def _compute_values(
-    values_of: Callable[[list[int]], Tensor],
+    values_of: Callable[[Sequence[list[int]]], Iterable[Tensor]],
     source: np.ndarray,
     cells: np.ndarray,
     grid: tuple[int, ...],
@@ -255,11 +258,11 @@ def _compute_values(
     """Compute the value patch of every chosen key, float16 ``(n, ph, pw, Cv)``."""
     inputs = np.unique(source)
     values = np.empty(0, np.float16)
-    starts = range(0, len(inputs), _VALUE_BATCH)
-    for start in progress_bar(starts, desc="values", show=progress):
-        batch = inputs[start : start + _VALUE_BATCH]
+    batches = [inputs[start : start + _VALUE_BATCH] for start in range(0, len(inputs), _VALUE_BATCH)]
+    features = iter(values_of([batch.tolist() for batch in batches]))
+    for number, batch in enumerate(progress_bar(batches, desc="values", show=progress)):
         rows = np.flatnonzero(np.isin(source, batch))
-        feature = values_of(batch.tolist())
+        feature = next(features)
         size = tuple(feature.shape[2:])
         fits = len(feature) == len(batch) and len(size) == len(grid)
         if not fits or any(side % count for side, count in zip(size, grid, strict=True)):
@@ -275,7 +278,7 @@ def _compute_values(
                 "values must be finite in float16, but the value feature reaches "
                 f"{float(feature.abs().max()):.3g}. Tap another stage."
             )
-        if not start:
+        if not number:
             values = np.empty((len(source), *part.shape[1:]), np.float16)
         if part.shape[1:] != values.shape[1:]:
             raise BankError(f"value features must have one shape, got {part.shape[1:]} after {values.shape[1:]}")

@@ -230,10 +230,10 @@ def density(samples: Array, grid: Array, bandwidth: float = 0.3) -> Array:
 
 
 def metric_label(metric: dict[str, Any]) -> str:
-    """Name of the loss for an axis: ``LPIPS (alex)``, ``1 - MS-SSIM``, or the metric's own name."""
+    """Name of the loss for an axis: ``LPIPS (alex)``, ``MS-SSIM loss``, or the metric's own name."""
     name = str(metric.get("name", "loss"))
     if name == "ms-ssim":
-        return "1 − MS-SSIM"
+        return "MS-SSIM loss"
     head, _, net = name.partition("-")
     return f"LPIPS ({net})" if head == "lpips" and net else name
 

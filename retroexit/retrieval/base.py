@@ -245,7 +245,7 @@ class Retriever(ABC):
             keys = read_array(folder, _KEYS_FILE, manifest, mmap="c")  # of large keys, only the rows that are compared
             if keys.dtype != np.float32 or list(keys.shape) != manifest["shape"]:
                 raise ValueError(f"keys must be float32 {manifest['shape']}, got {keys.dtype} {keys.shape}")
-            retriever._hold(as_matrix(keys, "keys"))
+            retriever._hold(as_matrix(np.asarray(keys), "keys"))
             if not (same and retriever._restored(Path(folder) / _INDEX_FILE, manifest)):
                 retriever._build(retriever._distinct_keys() - retriever._mean)
         return retriever

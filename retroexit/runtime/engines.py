@@ -42,7 +42,7 @@ class Engine(Protocol):
         """Render samples by their states at one exit; returns their images ``(C, ...)``."""
 
 
-def gather(samples: Sequence[Any], stack: Callable[[list[Any]], Any], kind: type) -> tuple[tuple[Any, ...], Any]:
+def gather(samples: Sequence[Any], stack: Callable[[list[Any]], Any], kind: Any) -> tuple[tuple[Any, ...], Any]:
     """Stack samples to positional and keyword inputs: tensors or arrays of one ``kind``, tuples or dicts of them."""
     calls = [
         ((), s) if isinstance(s, dict) else (tuple(s), {}) if isinstance(s, (tuple, list)) else ((s,), {})
@@ -91,7 +91,7 @@ class ModelEngine:
             assert choice.losses is not None
             losses = choice.losses.tolist()
         early = [row for row, exit in enumerate(exits) if exit < self.exits]
-        guides = model.guide.guide(begun, torch.tensor(early, dtype=torch.int64), retrieved)
+        guides = model.guide.guide(begun, torch.tensor(early, dtype=torch.int64), retrieved) if early else None
         guide_of = {row: guides[i : i + 1] for i, row in enumerate(early)} if guides is not None else {}
         states = [
             ({n: v[row : row + 1] if n in split.batched else v for n, v in begun.values.items()}, guide_of.get(row))
@@ -110,6 +110,8 @@ class ModelEngine:
         }
         guide = None if states[0][1] is None else torch.cat([state[1] for state in states])
         image = self.model.image(render_from(split, self.model.branches, exit, 0, values, guide))
+        if image.is_cuda:  # once per batch: a result is there, and its time is the batch's
+            torch.cuda.current_stream(image.device).synchronize()
         return list(image.unflatten(0, (len(states), -1)).squeeze(1))
 
 
@@ -125,7 +127,9 @@ class BundleEngine:
         """Run samples to the first cut; see `Engine`."""
         exits = np.array([exit or 0 for _, exit in choices])
         limits = None if exits.all() else [threshold or 0.0 for threshold, _ in choices]
-        begun = self.bundle.begin(*gather(samples, np.stack, np.ndarray), exits, limits, strict=self.strict)
+        begun = self.bundle.begin(
+            *gather(samples, np.stack, (np.ndarray, np.generic)), exits, limits, strict=self.strict
+        )
         states = [
             {
                 n: v[row * self._rows[n] : (row + 1) * self._rows[n]] if n in self._rows else v

@@ -209,23 +209,24 @@ class Scheduler:
         for queue, full, share in self._plans():
             if queue:
                 due = min(queue[0].due - share * self.max_delay, min(request.expires for request in queue))
-                pauses.append(0.0 if len(queue) >= full else max(0.0, due - now))
+                pauses.append(0.0 if len(queue) >= full[0] else max(0.0, due - now))
         return min(pauses)
 
-    def _plans(self) -> list[tuple[deque[_Request], int, float]]:
-        """Queues in the order of preference, their full batch, and the share of the delay left for what follows."""
+    def _plans(self) -> list[tuple[deque[_Request], range, float]]:
+        """Queues in the order of preference, the sizes of a full batch, and the share of the delay for what follows."""
         exits = [(queue, self._full(number), 0.0) for number, queue in enumerate(self._queues)]
-        return [*exits, (self._entry, self.max_batch, 0.5)]
+        return [*exits, (self._entry, range(self.max_batch, self.max_batch + 1), 0.5)]
 
-    def _full(self, number: int) -> int:
-        """Size of a full batch at an exit: not tried yet, or the smallest that is about as fast per sample as any."""
+    def _full(self, number: int) -> range:
+        """Sizes of a full batch at an exit: one not tried yet, or the smallest that is about the best, to the best."""
         times = self.seconds[number]
         sizes = [2**i for i in range(self.max_batch.bit_length()) if 2**i < self.max_batch] + [self.max_batch]
         untried = [size for size in sizes if size not in times]
         if untried:
-            return max(untried)
-        best = min(times[size] / size for size in sizes)
-        return next(size for size in sizes if times[size] / size <= (1 + _SETTLED) * best)
+            return range(max(untried), max(untried) + 1)
+        best = min(sizes, key=lambda size: times[size] / size)
+        limit = (1 + _SETTLED) * times[best] / best
+        return range(next(size for size in sizes if times[size] / size <= limit), best + 1)
 
     def step(self) -> bool:
         """Run one batch that is due, or any if the scheduler is closed; returns whether there was one."""
@@ -253,12 +254,12 @@ class Scheduler:
                 continue
             due = queue[0].due - share * self.max_delay
             is_due = due <= now or any(request.expires <= now for request in queue) or not self._is_open
-            if len(queue) >= full or is_due:
-                ready.append((due, len(ready), queue, full))
+            if len(queue) >= full[0] or is_due:
+                ready.append((due, len(ready), queue, full[-1]))
         if not ready:
             return None
-        _, _, queue, full = min(ready, key=lambda entry: entry[:2])
-        return queue, min(len(queue), full)
+        _, _, queue, most = min(ready, key=lambda entry: entry[:2])
+        return queue, min(len(queue), most)
 
     def _is_wanted(self, request: _Request) -> bool:
         if request.future.cancelled():
@@ -275,7 +276,7 @@ class Scheduler:
             return
         try:
             run(requests)
-        except Exception as error:
+        except BaseException as error:  # the thread outlives whatever a generator raises
             if len(requests) == 1:
                 _fail(requests[0], error)
                 return
@@ -301,7 +302,9 @@ class Scheduler:
             request.future.set_result(Rendered(image, exit, request.losses))
 
 
-def _fail(request: _Request, error: Exception) -> None:
+def _fail(request: _Request, error: BaseException) -> None:
     """Let a future raise, unless its caller has cancelled it."""
+    if not isinstance(error, Exception):  # would end the caller's thread
+        error = RuntimeError(f"the generator must return, got {type(error).__name__}")
     if request.future.running() or request.future.set_running_or_notify_cancel():
         request.future.set_exception(error)

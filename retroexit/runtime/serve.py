@@ -158,7 +158,8 @@ def start_ray(
         count = {"autoscaling_config": {"min_replicas": replicas, "max_replicas": max_replicas}}
     quiet: dict[str, Any] = {"logging_config": {"enable_access_log": False}}
     replica: Any = serve.deployment(_Replica, name="replica", max_ongoing_requests=2 * queue, **count, **quiet)
-    front: Any = serve.deployment(serve.ingress(build)(Front), name="front", max_ongoing_requests=10_000, **quiet)
+    thin: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": 10_000, **quiet}
+    front: Any = serve.deployment(serve.ingress(build)(Front), name="front", **thin)
     serve.start(http_options={"host": host, "port": port})
     serve.run(front.bind(replica.bind(load, dict(options))), name="retroexit")
 

@@ -16,7 +16,7 @@ import torch
 from retroexit.core.nested import tensors
 from retroexit.errors import BankError, InputMismatchError, OptionError, QueueFull, TrainingError, cause_of, closest
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.policy import QUALITIES, RoutingRequest, named_threshold
+from retroexit.routing.policy import QUALITIES, RoutingRequest, check_number, named_threshold
 from retroexit.runtime.bundle import Bundle, BundleError
 from retroexit.runtime.engines import ModelEngine
 from retroexit.runtime.payload import Payload, npy
@@ -173,6 +173,8 @@ class Service:
         if not 0 <= number < math.inf or (number == 0 and name != "threshold"):
             bound = ">= 0, such as 0.1" if name == "threshold" else "> 0, such as 0.5"
             raise OptionError(f"{name} must be a finite number, got {text!r}. Pass one {bound}.")
+        if name != "exit":
+            check_number(name, number)
         return _Asked(**{name: number})  # type: ignore[arg-type]
 
     def _sample(self, body: bytes) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of
 from retroexit.core.progress import progress_bar
 from retroexit.core.samples import Samples, drawing_from, moved
+from retroexit.core.workers import in_order
 from retroexit.errors import CheckpointError, OptionError, TrainingError
 from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
@@ -61,6 +63,10 @@ class FeatureCache:
     def __len__(self) -> int:
         return self.count
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy maps the same files.
+        return type(self), (self.folder.absolute(), list(self._arrays), self.count, self._shared)
+
     def read(
         self, name: str, indices: Sequence[int], device: torch.device | str = "cpu", crop: Crop | None = None
     ) -> Tensor:
@@ -104,8 +110,11 @@ class FeatureCache:
             values = compute_features(model, args, kwargs, samples.seed)
             shared = {name: values[name].cpu() for name in shared_names}
         bar = progress_bar(total=len(samples), initial=done, desc="backbone features", show=progress)
-        for indices, args, kwargs in samples.batches(batch, done):
-            for name, value in compute_features(model, args, kwargs, samples.seed + indices[0]).items():
+        begins = range(done, len(samples), batch)
+        computed = in_order(functools.partial(_batch_features, model, samples, batch), begins)
+        for begin, features in zip(begins, computed, strict=True):
+            indices = list(range(begin, min(begin + batch, len(samples))))
+            for name, value in features.items():
                 if name in shared_names:
                     _check_shared(name, shared.setdefault(name, value.cpu()), value.cpu())
                 else:
@@ -162,6 +171,12 @@ def bytes_per_sample(model: EarlyExitGenerator, samples: Samples) -> int:
     args, kwargs = samples.gather([0])
     values, shared = compute_features(model, args, kwargs, samples.seed), _shared_by_all(model)
     return sum(v[0].numel() * v.element_size() for name, v in values.items() if name not in shared)
+
+
+def _batch_features(model: EarlyExitGenerator, samples: Samples, batch: int, begin: int) -> dict[str, Tensor]:
+    """Do `compute_features` for the batch that begins at a sample."""
+    args, kwargs = samples.gather(range(begin, min(begin + batch, len(samples))))
+    return compute_features(model, args, kwargs, samples.seed + begin)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Measure what every exit loses, and train the predictor of it (paper sections 3.2 and 3.4, equation 2)."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from retroexit.core.files import read_tensors, reading, write_tensors
 from retroexit.core.modules import device_of
 from retroexit.core.progress import progress_bar
 from retroexit.core.samples import Samples, drawing_from
+from retroexit.core.workers import in_order
 from retroexit.errors import BankError, CheckpointError, TrainingError
 from retroexit.metrics import QualityMetric
 from retroexit.model import EarlyExitGenerator
@@ -36,10 +38,11 @@ def exit_losses(model: EarlyExitGenerator, steps: Steps, metric: QualityMetric, 
     losses = torch.zeros(size, dtype=torch.float32, device=steps.device)
     shows = progress and team.is_first
     with progress_bar(total=size[0], desc="losses of all exits", show=shows) as bar:
-        for number, rows in enumerate(chunks(size[0], 8)):
-            bar.update(len(rows))
-            if number % team.size == team.rank:
-                losses[rows] = _batch_losses(model, steps, metric, rows)
+        mine = chunks(size[0], 8)[team.rank :: team.size]
+        work = functools.partial(_batch_losses, model, steps, metric)
+        for rows, measured in zip(mine, in_order(work, mine), strict=True):
+            losses[rows] = measured.to(steps.device)
+            bar.update(len(rows) * team.size)
     average([losses])
     losses = (losses * team.size).cpu()
     finite = torch.isfinite(losses).all(0).tolist()

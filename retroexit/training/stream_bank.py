@@ -1,7 +1,7 @@
 """Build a guidance bank from a stream of inputs, whose features are neither all in memory nor on disk."""
 
-import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of
 from retroexit.core.progress import progress_bar
 from retroexit.core.samples import Samples, drawing_from
+from retroexit.core.workers import in_order
 from retroexit.errors import OptionError
 from retroexit.guidance.bank import GuidanceBank
 from retroexit.guidance.building import Candidates, build_bank, with_slopes
-from retroexit.guidance.provider import Taps
 from retroexit.model import EarlyExitGenerator
 from retroexit.retrieval import Retriever
 
@@ -65,9 +65,11 @@ def stream_bank(
     identity = {**meta, "patch": taps.patch, "batch": batch, "samples": digest}
     choice: Any = {"size": guidance.size, "thin": guidance.thin, "seed": samples.seed}
     candidates = Candidates(max_candidates, **choice, folder=scratch, identity=identity)
+    backbone = _Backbone(model, samples, batch)
     bank = build_bank(
-        _keys(model, taps, samples, batch, candidates.seen // taps.queries, progress),
-        _values(model, samples, batch),
+        backbone.all_keys(candidates.seen // taps.queries, progress),
+        backbone.values,
+        run=in_order,
         patch=taps.patch,
         retriever=retriever,
         eps=eps,
@@ -78,7 +80,7 @@ def stream_bank(
     )
     if not guidance.order:
         return bank
-    return with_slopes(bank, _maps(model, taps, samples, batch), len(samples) * taps.queries)
+    return with_slopes(bank, in_order(backbone.maps, backbone.begins()), len(samples) * taps.queries)
 
 
 def stream_banks(
@@ -112,39 +114,61 @@ def stream_banks(
             yield name, bank
 
 
-def _keys(
-    model: EarlyExitGenerator, taps: Taps, samples: Samples, batch: int, first: int, progress: bool
-) -> Iterator[tuple[Tensor, list[int]]]:
-    """Compute the maps that keys are cut from; run no later stage, and none if a function returns them."""
-    with progress_bar(total=len(samples), initial=first, desc="keys", show=progress) as bar:
-        for indices, args, kwargs in samples.batches(batch, first):
-            with torch.no_grad(), drawing_from(samples.seed + indices[0], device_of(model.generator)):
-                if taps.key is None:
-                    feature = model.split.key_feature(args, kwargs)
-                else:
-                    rows = len(indices) * model.split.batched.get(taps.key_node, 1)
-                    feature = taps.query(torch.empty(rows), args, kwargs)
-            yield feature, indices
-            bar.update(len(indices))
+class _Backbone:
+    """Computes key and value features of inputs in batches, with the same random numbers whenever one is run again."""
 
+    def __init__(self, model: EarlyExitGenerator, samples: Samples, batch: int) -> None:
+        self.model, self.samples, self.batch = model, samples, batch
+        self._last: tuple[int, Tensor] | None = None  # first input and value features of the last batch
 
-def _values(model: EarlyExitGenerator, samples: Samples, batch: int) -> Callable[[list[int]], Tensor]:
-    """Return a function for the value features of inputs, run in the batches of their keys: noise repeats."""
+    def begins(self, first: int = 0) -> range:
+        """First input of every batch, from input ``first`` on."""
+        return range(first, len(self.samples), self.batch)
 
-    @functools.lru_cache(maxsize=1)
-    def values(begin: int) -> Tensor:
-        args, kwargs = samples.gather(range(begin, min(begin + batch, len(samples))))
-        with drawing_from(samples.seed + begin, device_of(model.generator)):
-            return model.decomposition.guidance_values(args, kwargs)
+    def all_keys(self, first: int, progress: bool) -> Iterator[tuple[Tensor, list[int]]]:
+        """Yield the maps that keys are cut from, with their inputs."""
+        with progress_bar(total=len(self.samples), initial=first, desc="keys", show=progress) as bar:
+            for begin, feature in zip(self.begins(first), in_order(self.keys, self.begins(first)), strict=True):
+                indices = list(self._rows(begin))
+                yield feature, indices
+                bar.update(len(indices))
 
-    return lambda indices: torch.stack([values(i - i % batch)[i % batch] for i in indices])
+    @torch.no_grad()
+    def keys(self, begin: int) -> Tensor:
+        """Compute the map that keys are cut from; run no later stage, and none if a function returns it."""
+        model, (args, kwargs) = self.model, self.samples.gather(self._rows(begin))
+        taps = model.decomposition.taps
+        assert taps is not None
+        with self._seeded(begin):
+            if taps.key is None:
+                return model.split.key_feature(args, kwargs)
+            rows = len(self._rows(begin)) * model.split.batched.get(taps.key_node, 1)
+            return taps.query(torch.empty(rows), args, kwargs)
 
+    def values(self, indices: list[int]) -> Tensor:
+        """Compute the value features of inputs, in the batches of their keys."""
+        rows = []
+        for index in indices:
+            begin = index - index % self.batch
+            if self._last is None or self._last[0] != begin:
+                args, kwargs = self.samples.gather(self._rows(begin))
+                with self._seeded(begin):
+                    self._last = begin, self.model.decomposition.guidance_values(args, kwargs)
+            rows.append(self._last[1][index - begin])
+        return torch.stack(rows)
 
-def _maps(model: EarlyExitGenerator, taps: Taps, samples: Samples, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Run all inputs again for their key and value features, with the same random numbers."""
-    device = device_of(model.generator)
-    for indices, args, kwargs in samples.batches(batch):
-        with torch.no_grad(), drawing_from(samples.seed + indices[0], device):
-            key_feature = model.split.begin(args, kwargs).key_feature
-        with drawing_from(samples.seed + indices[0], device):
-            yield taps.query(key_feature, args, kwargs), model.decomposition.guidance_values(args, kwargs)
+    def maps(self, begin: int) -> tuple[Tensor, Tensor]:
+        """Run inputs again for their key and value features."""
+        args, kwargs = self.samples.gather(self._rows(begin))
+        taps = self.model.decomposition.taps
+        assert taps is not None
+        with torch.no_grad(), self._seeded(begin):
+            key_feature = self.model.split.begin(args, kwargs).key_feature
+        with self._seeded(begin):
+            return taps.query(key_feature, args, kwargs), self.model.decomposition.guidance_values(args, kwargs)
+
+    def _rows(self, begin: int) -> range:
+        return range(begin, min(begin + self.batch, len(self.samples)))
+
+    def _seeded(self, begin: int) -> AbstractContextManager[None]:
+        return drawing_from(self.samples.seed + begin, device_of(self.model.generator))

@@ -213,18 +213,25 @@ def test_a_wrapped_autoencoder_takes_the_place_of_a_pipelines(pipe, model, tmp_p
         assert (tiled - early).abs().mean() < 0.1 and counts[1] == 4 + 2 * 4  # tiles of two images
         pipe.vae.disable_tiling()
         assert not vae.use_tiling
+        with pytest.raises(GeneratorError, match=r"must be saved with its own autoencoder.*Put the autoencoder back"):
+            pipe.save_pretrained(tmp_path / "pipe")
         other = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
         other.set_progress_bar_config(disable=True)
         image = other("a", image=torch.rand(1, 3, SIDE, SIDE), num_inference_steps=2, output_type="pt").images
         assert image.shape == (1, 3, SIDE, SIDE) and counts[1] == 13
-        wrapped.save(tmp_path)
-        retroexit.enable(pipe, tmp_path, quality="lossless")
+        wrapped.save(tmp_path / "exits")
+        retroexit.enable(pipe, tmp_path / "exits", quality="lossless")
         assert torch.equal(draw(pipe), expected) and "over 2 images" in retroexit.summary(pipe)
         retroexit.disable(pipe)
         assert torch.equal(draw(pipe), expected)
         assert "no early exits" in retroexit.summary(pipe)
     finally:
         pipe.vae = vae
+    retroexit.enable(pipe, tmp_path / "exits", quality="lossless")
+    pipe.save_pretrained(tmp_path / "pipe")  # without exits
+    retroexit.disable(pipe)
+    saved = type(pipe).from_pretrained(tmp_path / "pipe", low_cpu_mem_usage=False).vae
+    assert type(saved) is type(vae) and saved.state_dict().keys() == vae.state_dict().keys()
     assert torch.equal(draw(pipe), expected)
 
 

@@ -48,7 +48,7 @@ def test_controls_are_guides_of_other_inputs_or_noise_like_a_guide():
     torch.testing.assert_close(drawn(rows).std((0, 2, 3)), guides.std((0, 2, 3)), atol=0, rtol=0.1)
 
 
-@pytest.mark.parametrize("name", ["paper_tables", "retrieval", "zoo"])
+@pytest.mark.parametrize("name", ["growth", "paper_tables", "retrieval", "zoo"])
 def test_a_benchmark_shows_its_options(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as ended:

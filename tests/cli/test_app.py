@@ -15,8 +15,9 @@ import typer
 
 import retroexit
 from retroexit import plugins
-from retroexit.cli import doctor
+from retroexit.cli import doctor, options
 from retroexit.cli.app import COMMANDS
+from retroexit.errors import MissingExtraError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,3 +184,23 @@ def test_commands_in_the_documentation_can_be_read(run):
         command, *words = shlex.split(line)[1:]
         for option in (word for word in words if word.startswith("--")):
             assert command.startswith("-") or option in helps[command], f"{line}: {option}"
+
+
+def test_the_option_ray_runs_a_command_inside_workers(run, monkeypatch):
+    missing = MissingExtraError("workers need Ray Data: pip install 'retroexit[ray]'")
+    counts = []
+
+    def workers(count):
+        counts.append(count)
+        raise missing
+
+    monkeypatch.setattr(options, "ray_workers", workers)
+    inputs = ("--inputs", "mydata:test")
+    for words in (
+        ("fit", "m:d", *inputs, "--out", "o"),
+        ("calibrate", "m:d", "o", *inputs),
+        ("evaluate", "m:d", "o", *inputs),
+        ("bank", "build", "m:d", *inputs, "--out", "o"),
+    ):
+        run(*words, "--ray", "3").fails_with(r"pip install 'retroexit\[ray\]'")
+    assert counts == [3] * 4

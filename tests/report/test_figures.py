@@ -79,6 +79,6 @@ def test_a_density_equals_scipys_or_is_a_peak_of_area_one(make_evaluation):
 
 
 def test_metrics_are_named_for_readers():
-    labels = {"lpips-vgg": "LPIPS (vgg)", "ms-ssim": "1 − MS-SSIM", "my-own": "my-own"}
+    labels = {"lpips-vgg": "LPIPS (vgg)", "ms-ssim": "MS-SSIM loss", "my-own": "my-own"}
     assert {name: figures.metric_label({"name": name}) for name in labels} == labels
     assert figures.metric_label({}) == "loss"

@@ -17,7 +17,7 @@ import retroexit
 from retroexit.core.files import sealed
 from retroexit.errors import MissingExtraError, NotRecordedError, OptionError
 from retroexit.routing.router import guide_distance
-from retroexit.runtime import BundleError
+from retroexit.runtime import BundleError, Scheduler
 from retroexit.runtime import bundle as bundle_module
 
 pytest.importorskip("onnxruntime")
@@ -107,17 +107,23 @@ GUIDES = {
 }
 
 
+@pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("guidance", "order", "reads", "has_limit"), GUIDES.values(), ids=list(GUIDES))
-def test_guides_come_from_the_bank_beside_the_programs(tmp_path, guidance, order, reads, has_limit):
+def test_guides_come_from_the_bank_beside_the_programs(tmp_path, guidance, order, reads, has_limit, format):
     model = wrapped(guidance, order, reads, attach_at=(2,))
     args = inputs(6, (8, 12))
     if has_limit:
         distances = model.guide.retrieve(model.split.begin(args, {})).distances
         model.router.guide_limit = float(guide_distance(distances).median()) + 1e-3
-    bundle = retroexit.load_bundle(retroexit.export(model, tmp_path / "bundle", "torch"))
+    bundle = retroexit.load_bundle(retroexit.export(model, tmp_path / "bundle", format))
     compare(model, bundle, args, exit=1)
     exits = [compare(model, bundle, args, threshold=t) for t in (between(model, args), 100.0)]
     assert {1, 2} <= {*exits[0], *exits[1]}
+    images, chosen = bundle.run(*arrays(args), threshold=100.0)
+    with Scheduler(bundle, max_delay_ms=0) as scheduler:
+        served = [scheduler.submit(sample, threshold=100.0) for sample in zip(*arrays(args), strict=True)]
+        assert [future.result().exit for future in served] == chosen.tolist()
+        np.testing.assert_allclose(np.stack([future.result().image for future in served]), images, **CLOSE)
 
 
 class Drawing(Decoder):
@@ -164,11 +170,14 @@ def test_random_numbers_of_another_kind_are_refused(tmp_path):
         retroexit.export(model, tmp_path / "bundle", "torch")
 
 
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("stylegan", "vae")]
+SHORT = [(name, "torch") for name in ("modulated_convolution_with_skip_image", "dataclass_output")]
+LONG = [
+    pytest.param(name, format, marks=pytest.mark.long) for name in ("stylegan", "vae") for format in ("torch", "aoti")
+]
 
 
-@pytest.mark.parametrize("name", ["modulated_convolution_with_skip_image", "dataclass_output", *LONG])
-def test_other_generators_are_exported(tmp_path, toys, name):
+@pytest.mark.parametrize(("name", "format"), [*SHORT, *LONG])
+def test_other_generators_are_exported(tmp_path, toys, name, format):
     if name in toys.TOYS:  # the first has a value that crosses the cut with strides of its own
         toy = toys.TOYS[name]()
         generator, args, kwargs = toy.generator, toy.args, {}
@@ -179,7 +188,7 @@ def test_other_generators_are_exported(tmp_path, toys, name):
     else:
         generator, args, kwargs = kl().decoder.eval(), (torch.randn(1, 4, 8, 8),), {}
     model = retroexit.wrap(generator, [1], 1 / 2, min_channels=4, example_inputs=args, example_kwargs=kwargs)
-    bundle = retroexit.load_bundle(retroexit.export(model, tmp_path / "bundle", "torch", verify=False))
+    bundle = retroexit.load_bundle(retroexit.export(model, tmp_path / "bundle", format, verify=False))
     args = tuple(torch.cat([x, x]) for x in args)
     kwargs = {key: [torch.cat([x, x]) for x in value] for key, value in kwargs.items()}
     named = {key: arrays(value) for key, value in kwargs.items()}

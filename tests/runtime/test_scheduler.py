@@ -41,7 +41,7 @@ class FakeEngine:
         self.calls.append((exit, list(states)))
         self.clock.now += self.seconds(len(states))
         if min(states) < 0:
-            raise ValueError("poisoned")
+            raise SystemExit if min(states) < -1 else ValueError("poisoned")
         return [10 * state for state in states]
 
 
@@ -93,7 +93,13 @@ def test_an_exit_or_the_backbone_may_be_asked_for(made, clock):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "full"), [(lambda size: 1.0, 8), (lambda size: float(size), 1), (lambda size: max(1.0, size / 4), 4)]
+    ("seconds", "full"),
+    [
+        (lambda size: 1.0, 8),
+        (lambda size: float(size), 1),
+        (lambda size: max(1.0, size / 4), 4),
+        (lambda size: size * (1.0 if size == 8 else 1.04), 8),  # 1 is enough, but 8 wait and are a little better
+    ],
 )
 def test_a_full_batch_is_the_smallest_that_is_as_fast_per_sample_as_any(made, clock, seconds, full):
     engine, scheduler = made(seconds, max_batch=8, queue_limit=1000)
@@ -118,6 +124,18 @@ def test_a_poisoned_request_hurts_only_itself(made, clock):
     with pytest.raises(ValueError, match="poisoned"):
         futures[2].result(0)
     assert scheduler.waiting == 0
+
+
+def test_the_thread_outlives_a_generator_that_ends_its_process(made, clock):
+    _engine, scheduler = made()
+    future, other = submit(scheduler, -2, 2)
+    clock.now += 1
+    run_all(scheduler)
+    clock.now += 1
+    run_all(scheduler)
+    with pytest.raises(RuntimeError, match="the generator must return, got SystemExit"):
+        future.result(0)
+    assert other.result(0).image == 20
 
 
 def test_a_full_queue_refuses_or_blocks(made, clock):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runtime_models import inputs
+from runtime_models import inputs, wrapped
 from torch import nn
 
 import retroexit
@@ -109,7 +109,14 @@ def test_options_choose_the_exit_and_headers_say_which(client, model, sample, ba
         ("?exit=one", "got 'one'"),
         ("?quality=best", "quality must be lossless, high, draft, got 'best'"),
         ("?exit=1&threshold=1", "exclude each other"),
-        ("?deadline_ms=5", "needs measured times"),
+        ("?deadline_ms=5", "needs measured times, but the model has none. Call model.measure_latency"),
+        ("?deadline_ms=0", "deadline_ms must be a finite number, got '0'. Pass one > 0"),
+        ("?deadline_ms=inf", "got 'inf'"),
+        ("?budget=50", "budget must be a share of the backbone's compute, such as 0.5, got 50.0. Pass 0.5 for 50 %."),
+        ("?budget=0.001", "got 0.001"),
+        ("?exit=0", "exit must be an integer from 1 to 3"),
+        ("?exit=1.5", "got '1.5'"),
+        ("?exit=", "got ''"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(client, sample, query, message):
@@ -139,26 +146,83 @@ def test_bodies_that_cannot_be_read_are_refused(client, body, status, message):
     assert reply.status_code == status and message in reply.json()["error"]
 
 
-class Raises(nn.Module):
+def raises(*_args, **_kwargs):
+    raise RuntimeError("broken")
+
+
+def spoil(output):
+    """The same output with NaN in every tensor."""
+    if isinstance(output, torch.Tensor):
+        return output * torch.nan
+    if isinstance(output, dict):
+        return {name: spoil(value) for name, value in output.items()}
+    return type(output)(map(spoil, output)) if isinstance(output, (tuple, list)) else output
+
+
+class Broken(nn.Module):
+    """A predictor that raises, or predicts NaN."""
+
+    def __init__(self, is_raising):
+        super().__init__()
+        self.is_raising = is_raising
+
     def forward(self, feature):
-        raise RuntimeError("broken predictor")
+        return raises() if self.is_raising else feature.new_full((len(feature), 2), torch.nan)
 
 
-class Nan(nn.Module):
-    def forward(self, feature):
-        return feature.new_full((len(feature), 2), torch.nan)
+def break_branches(model, patch, is_raising):
+    for branch in model.branches:
+        run = branch.forward
+        patch.setattr(branch, "forward", raises if is_raising else lambda *a, run=run, **k: spoil(run(*a, **k)))
 
 
-@pytest.mark.parametrize("option", ["threshold=1000", "budget=0.9"])
-@pytest.mark.parametrize(("predictor", "reason"), [(Raises(), "routing failed"), (Nan(), "out of distribution")])
-def test_a_broken_predictor_leads_to_the_backbone(
-    client, model, sample, backbone, monkeypatch, option, predictor, reason
-):
-    monkeypatch.setitem(model.router._modules, "predictor", predictor)
-    reply = client.post(f"/render?{option}", content=npz(*sample), headers=NPY)
-    assert served(reply) == (3, reason) and np.allclose(image_of(reply), backbone, atol=1e-6)
-    parts = client.post(f"/draft-and-refine?{option}", content=npz(*sample)).content
-    assert parts.count(b"\x89PNG") == 1 and b"X-Exit: 3" in parts
+def break_predictor(model, patch, is_raising):
+    patch.setitem(model.router._modules, "predictor", Broken(is_raising))
+
+
+def break_guides(model, patch, is_raising):
+    run = model.guide.guide
+    patch.setattr(model.guide, "guide", raises if is_raising else lambda *args: spoil(run(*args)))
+
+
+FAULTS = {
+    "predictor raises": (break_predictor, True, "routing failed"),
+    "prediction is NaN": (break_predictor, False, "out of distribution"),
+    "branch raises": (break_branches, True, "routing failed"),
+    "image is NaN": (break_branches, False, "image not finite"),
+    "search raises": (break_guides, True, "routing failed"),
+    "guide is NaN": (break_guides, False, "image not finite"),
+}
+
+
+@pytest.fixture(scope="module")
+def guided():
+    return wrapped(retroexit.Guidance(value_after=2))
+
+
+@pytest.mark.parametrize(("damage", "is_raising", "reason"), FAULTS.values(), ids=list(FAULTS))
+def test_what_breaks_in_routing_leads_to_the_backbone(guided, sample, damage, is_raising, reason, monkeypatch):
+    body = npz(*sample)
+    with torch.no_grad():
+        full = guided(*(torch.from_numpy(np.array(part))[None] for part in sample))["image"][0].numpy()
+    with TestClient(application(Service(guided, max_delay_ms=0))) as client:
+        assert served(client.post("/render?threshold=1000", content=body)) == (1, None)
+        damage(guided, monkeypatch, is_raising)
+        reply = client.post("/render?threshold=1000", content=body, headers=NPY)
+        assert served(reply) == (3, reason) and np.allclose(image_of(reply), full, atol=1e-6)
+        draft = client.post("/draft-and-refine?threshold=1000", content=body)
+        assert draft.content.count(b"\x89PNG") <= 1 and b"X-Exit: 1" not in draft.content
+        assert draft.status_code == 500 or b"X-Exit: 3" in draft.content
+        asked = client.post("/render?exit=1", content=body, headers=NPY)
+        is_early = asked.status_code == 200 and served(asked)[0] == 1
+        assert is_early == (damage is break_predictor)  # an exit that the caller chooses needs no prediction
+
+
+@pytest.mark.parametrize("is_raising", [True, False])
+def test_a_broken_predictor_spends_no_budget_on_guesses(client, model, sample, is_raising, monkeypatch):
+    break_predictor(model, monkeypatch, is_raising)
+    reply = client.post("/render?budget=0.9", content=npz(*sample))
+    assert served(reply) == (3, "routing failed" if is_raising else "out of distribution")
 
 
 def test_a_void_promise_leads_to_the_backbone(client, model, sample, backbone, monkeypatch):
@@ -169,35 +233,29 @@ def test_a_void_promise_leads_to_the_backbone(client, model, sample, backbone, m
     assert parts.count(b"\x89PNG") == 1 and b"X-Fallback: void promise" in parts
 
 
-def test_the_void_promise_of_an_export_leads_to_the_backbone(bundle, sample, monkeypatch):
-    body = bundle_npz(*sample)
+def test_routing_of_an_export_fails_closed_too(bundle, sample, monkeypatch):
+    body, program = bundle_npz(*sample), bundle.programs["predictor"]
     with TestClient(application(Service(bundle, max_delay_ms=0))) as client:
         assert served(client.post("/render?threshold=1000", content=body))[0] < 3
-        monkeypatch.setitem(bundle.manifest["router"], "feature_size", [99, 99])
-        assert served(client.post("/render?threshold=1000", content=body)) == (3, "void promise")
-        reply = client.post("/draft-and-refine", content=body)
-        assert reply.status_code == 400 and "drafts need a folder" in reply.json()["error"]
-        program = bundle.programs["predictor"]
+        for query, message in (
+            (
+                "render?deadline_ms=5",
+                "deadline_ms needs a folder that fit wrote, got an export. Pass exit or threshold.",
+            ),
+            ("render?budget=50", "Pass 0.5 for 50 %."),
+            ("render?budget=0.001", "budget must be >= 0."),
+            ("draft-and-refine", "drafts need a folder that fit wrote, got an export. Post to /render instead."),
+        ):
+            reply = client.post(f"/{query}", content=body)
+            assert reply.status_code == 400 and message in reply.json()["error"]
         run = program.run
         monkeypatch.setattr(program, "run", lambda arrays: [np.full_like(a, np.nan) for a in run(arrays)])
         assert served(client.post("/render?budget=0.9", content=body)) == (3, "out of distribution")
-
-
-def test_an_early_image_that_is_not_finite_leads_to_the_backbone(client, model, sample, backbone, monkeypatch):
-    for branch in model.branches:
-        monkeypatch.setattr(branch, "forward", lambda *a, f=branch.forward, **k: _spoiled(f(*a, **k)))
-    reply = client.post("/render?threshold=1000", content=npz(*sample), headers=NPY)
-    assert served(reply) == (3, "image not finite") and np.allclose(image_of(reply), backbone, atol=1e-6)
-    parts = client.post("/draft-and-refine?exit=1", content=npz(*sample)).content
-    assert parts.count(b"\x89PNG") == 1
-
-
-def _spoiled(output):
-    if isinstance(output, torch.Tensor):
-        return output * torch.nan
-    if isinstance(output, dict):
-        return {name: _spoiled(value) for name, value in output.items()}
-    return type(output)(map(_spoiled, output)) if isinstance(output, (tuple, list)) else output
+        monkeypatch.setattr(program, "run", raises)
+        for option in ("budget=0.9", "threshold=1000"):
+            assert served(client.post(f"/render?{option}", content=body)) == (3, "routing failed")
+        monkeypatch.setitem(bundle.manifest["router"], "feature_size", [99, 99])
+        assert served(client.post("/render?threshold=1000", content=body)) == (3, "void promise")
 
 
 @pytest.mark.parametrize(
