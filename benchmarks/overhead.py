@@ -4,7 +4,9 @@
 
 The parts of a call (prefix, predictor, branch) and calls of the backbone are timed by turns in one process; given are
 medians, of CPU time with one thread. Branches are not trained: their time does not depend on it. The last column is at
-most 1.15 where time follows the MACs. ``--layers`` lists the layers of each branch that take most of its time.
+most 1.15 where time follows the MACs. What lies before a branch are the generator's own stages: their time over their
+MACs is the floor. ``--layers`` lists the
+layers of each branch that take most of its time.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def backbone(name: str, arguments: Any) -> tuple[nn.Module, tuple[Any, ...], dic
         return real_esrgan(), (torch.rand(1, 3, 32, 32),), {}, [{}]
     example = MAKE[name](Path(arguments.shared), arguments.out)
     args, kwargs = Samples(example.train).gather([0])
-    return example.generator, args, kwargs, [{}, next(iter(example.hand.values()))]
+    hand = {"latent": {"attach_at": (2, 3, 4, 5), "branch": "subpixel", "macs": (0.05, 0.08, 0.1, 0.15)}}
+    ways = [{}, *([hand[name]] if name in hand else []), next(iter(example.hand.values()))]
+    return example.generator, args, kwargs, ways
 
 
 def repeated(value: Any, count: int) -> Any:
@@ -79,10 +83,11 @@ def add_predictor(model: EarlyExitGenerator, args: Any, kwargs: Any) -> None:
 def shares(model: EarlyExitGenerator, seconds: dict[str, float]) -> list[dict[str, Any]]:
     """The time of every exit, from the times of `parts`, against its MACs; one row per exit."""
     full, rows = seconds["backbone"], []
-    for exit_ in model.exits[:-1]:
-        time = seconds[f"exit {exit_.index}"] / full
-        row = {"exit": exit_.index, "kind": exit_.kind, "macs": exit_.share, "time": time}
-        rows.append(row | {"branch": seconds[f"branch {exit_.index}"] / full, "ratio": time / exit_.share})
+    for exit_, place in zip(model.exits, model.decomposition.places, strict=False):
+        time, branch = (seconds[f"{part} {exit_.index}"] / full for part in ("exit", "branch"))
+        row = {"exit": exit_.index, "kind": exit_.kind, "macs": exit_.share, "time": time, "ratio": time / exit_.share}
+        row |= {"macs before": place.cumulative, "time before": time - branch}
+        rows.append(row | {"branch macs": exit_.share - place.cumulative, "branch": branch})
     return rows
 
 
@@ -122,7 +127,8 @@ def compare(name: str, settings: dict[str, Any], count: int, arguments: Any) -> 
         f"{seconds['final exit'] / full:.3f}, prefix {seconds['prefix'] / full:.1%}, predictor "
         f"{seconds['predictor'] / full:.2%} of the backbone's {1000 * full:.1f} ms"
     )
-    rows = [{"generator": name, "batch": count, **row} for row in shares(model, seconds)]
+    about = {"generator": name, "batch": count, "final": seconds["final exit"] / full}
+    rows = [{**about, **row} for row in shares(model, seconds)]
     for exit_ in model.exits[:-1]:
         if arguments.layers:
             values = model.split.begin(args, kwargs).values
@@ -131,11 +137,10 @@ def compare(name: str, settings: dict[str, Any], count: int, arguments: Any) -> 
             module = model.branches[exit_.index - 1]
             top = layers(module, model.split.crossing(values, exit_.index - 1), arguments.turns)[:6]
             print(f"  exit {exit_.index}: " + ", ".join(f"{path} {part / full:.1%}" for path, part in top))
-    shown = [
-        [str(r["exit"]), r["kind"], f"{r['macs']:.1%}", f"{r['time']:.1%}", f"{r['branch']:.1%}", f"{r['ratio']:.2f}"]
-        for r in rows
-    ]
-    print(table(["exit", "branch", "MACs", "time", "its branch", "time / MACs"], shown), flush=True)
+    columns = ["macs", "time", "macs before", "time before", "branch macs", "branch"]
+    shown = [[str(r["exit"]), r["kind"], *(f"{r[name]:.1%}" for name in columns), f"{r['ratio']:.2f}"] for r in rows]
+    head = ["exit", "kind", "MACs", "time", "MACs before", "time before", "its MACs", "its time"]
+    print(table([*head, "time / MACs"], shown), flush=True)
     return rows
 
 
