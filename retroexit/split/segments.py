@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -68,9 +68,17 @@ class GraphPart(nn.Module):
 def _compiled(graph: fx.Graph) -> tuple[Callable[..., Any], str]:
     """Generate the code of a graph and compile it to a function whose first argument is the module."""
     python = graph.python_code("self")
-    namespace = dict(python.globals)
+    # PyTorch 2.9 writes named tuples of the output by the name of their class, without defining it.
+    namespace = {kind.__name__: kind for kind in _named_tuples(graph.output_node().args)} | python.globals
     exec(compile(python.src, GENERATED, "exec"), namespace)
     return namespace["forward"], python.src
+
+
+def _named_tuples(value: Any) -> Iterator[type]:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield type(value)
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _named_tuples(item)
 
 
 class Segment(GraphPart):
