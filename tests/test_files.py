@@ -87,6 +87,7 @@ def test_a_second_fit_in_a_folder_is_refused_until_the_first_is_killed(tmp_path)
             pool.submit(model.save, tmp_path).result()
 
 
+@pytest.mark.long
 def test_a_full_disk_is_an_error_at_every_phase(monkeypatch, tmp_path):
     if not hasattr(os, "posix_fallocate"):
         pytest.skip("no posix_fallocate")

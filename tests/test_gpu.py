@@ -8,7 +8,7 @@ from retroexit.core.modules import device_of
 from retroexit.routing.predictor import Predictor
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.long), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     return request.param
 

@@ -47,6 +47,7 @@ Exits: Any = options.group_of(
     tap="Take the stage's output (after) or its input (before).",
     guidance=Annotated[bool, Option(help="Guide branches by retrieval.")],
     image=options.ImageKey,
+    timed="Without --attach-at, suggest stages by time, measured here, instead of MACs.",
     image_only="Early exits give the image alone, and drop other tensors of the output.",
     image_range="Smallest and largest pixel value, 0,1 or -1,1; measured by default.",
     init="Starting weights: inherit or scratch.",

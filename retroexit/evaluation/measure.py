@@ -57,17 +57,7 @@ def measure(
     exits = model.exits
     with drawing_from(seed, device):
         args, kwargs = samples.gather([0])
-        seconds, predictor_seconds = None, None
-        if repeats:
-            begun = model.split.begin(args, kwargs)
-
-            def call(k: int) -> Any:
-                return model.router.predict(begun) if k > len(exits) else model.route(args, kwargs, exit=k)
-
-            times = time_turns(call, len(exits) + (predicted is not None), device, repeats)
-            medians = np.median(times, axis=1) / 1000
-            seconds = medians[: len(exits)]
-            predictor_seconds = None if predicted is None else float(medians[-1])
+        times = _seconds(model, args, kwargs, repeats, predicted is not None) if repeats else None
         thop = cross_check(model.generator, exits[-1].macs, args, kwargs)
     evaluation = Evaluation(
         loss=losses.double().numpy(),
@@ -78,8 +68,8 @@ def measure(
         exits=[asdict(e) for e in exits],
         distance=None if distances is None else distances.double().numpy(),
         ood=run.is_ood.double().numpy(),
-        seconds=seconds,
-        predictor_seconds=predictor_seconds,
+        seconds=None if times is None else times[: len(exits)],
+        predictor_seconds=None if times is None or predicted is None else float(times[-1]),
         fidelity=None if run.fidelity is None else run.fidelity.double().numpy(),
         about={
             "generator": type(model.generator).__name__,
@@ -95,6 +85,16 @@ def measure(
         },
     )
     return evaluation, run
+
+
+def _seconds(model: EarlyExitGenerator, args: Any, kwargs: Any, repeats: int, with_predictor: bool) -> np.ndarray:
+    """Time every exit, and the predictor after them, by turns: medians."""
+    begun, exits = model.split.begin(args, kwargs), len(model.exits)
+
+    def call(k: int) -> Any:
+        return model.router.predict(begun) if k > exits else model.route(args, kwargs, exit=k)
+
+    return np.median(time_turns(call, exits + with_predictor, device_of(model.generator), repeats), axis=1) / 1000
 
 
 def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) -> str:

@@ -9,6 +9,7 @@ import pytest
 from against_static import Point
 
 
+@pytest.mark.long
 def test_one_run_compares_everything_and_resumes(tmp_path, capsys):
     words = ["--case", "tiny", "--steps", "2", "--batch", "4", "--float32", "--timed", "1", "--repeats", "1"]
     words += ["--out", str(tmp_path), "--predictor-steps", "2"]

@@ -15,6 +15,7 @@ from gain.training import noise, shuffled
 from retroexit.evaluation.sweep import Evaluation
 
 
+@pytest.mark.long
 def test_the_gain_of_guidance_is_measured_and_resumed(tmp_path, capsys):
     quick = ["--quick", "--out", str(tmp_path), "--exits", "1", "--variants"]
     guidance_gain.main([*quick, "none", "slopes"])

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 from PIL import Image
 
@@ -9,6 +10,7 @@ import retroexit
 from retroexit.demo import load_scene_generator, scene_inputs
 
 
+@pytest.mark.long
 def test_the_script_previews_and_finishes(imported, tmp_path, run_script, monkeypatch):
     inputs = tuple(torch.stack(list(column)) for column in zip(*scene_inputs(1), strict=True))
     retroexit.wrap(load_scene_generator(), [1], 1 / 4, min_channels=12, example_inputs=inputs).save(tmp_path / "model")

@@ -46,7 +46,7 @@ def test_its_export_has_each_weight_once(example, shared, tmp_path):
         np.testing.assert_allclose(bundle.run(x.numpy(), exit=exit)[0], expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_runs(example, shared, tmp_path, monkeypatch, run_script):
     for split in ("train", "test"):  # so that no photographs need to be encoded
         np.save(tmp_path / f"latents-{split}.npy", torch.randn(6, 32, 4, 8).numpy())

@@ -47,6 +47,7 @@ def test_the_judges_score_agrees_with_a_count_by_hand(example):
     assert score == pytest.approx((1 / 2 + 1 / 2) / 11)
 
 
+@pytest.mark.long
 def test_the_training_resumes_where_it_stopped(example, shared, tmp_path, monkeypatch, run_script):
     monkeypatch.setattr(example.train_backbone, "held_out", lambda *args: 0.5)  # takes seconds
     for more in ("--steps 2", "--steps 3 --resume"):

@@ -63,6 +63,7 @@ def test_a_samples_noise_is_the_same_whichever_exit_it_takes(exits):
     torch.testing.assert_close(mixed, full, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_the_training_script_runs_and_resumes(training, tmp_path, monkeypatch, run_script):
     monkeypatch.setattr(torch, "set_num_threads", lambda _count: None)
     for more in ("--steps 2", "--steps 3 --resume"):

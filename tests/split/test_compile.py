@@ -79,7 +79,7 @@ class Vocoder(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("way", ["compile", "export"])
+@pytest.mark.parametrize("way", [pytest.param("compile", marks=pytest.mark.long), "export"])
 @pytest.mark.parametrize(
     ("name", "scale"),
     [
@@ -113,7 +113,7 @@ def test_other_kinds_of_generators_compile_and_export(toys, name, scale, way):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("way", ["compile", "export"])
+@pytest.mark.parametrize("way", [pytest.param("compile", marks=pytest.mark.long), "export"])
 def test_a_model_that_is_not_recorded_says_so(toys, way):
     torch.compiler.reset()  # at its limit of recompilations, torch would call the model uncompiled
     toy = toys.TOYS["group_norm"]()
