@@ -57,8 +57,8 @@ def run_demo(
     *,
     metric: str = "auto",
     weights: Path | None = None,
-    steps: int = 60,
-    scenes: int = 128,
+    steps: int = 50,
+    scenes: int = 112,
     say: Callable[[str], None] = print,
     command: str | None = None,
 ) -> tuple[EarlyExitGenerator, Evaluation]:
