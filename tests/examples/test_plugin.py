@@ -66,7 +66,7 @@ def test_the_installed_plugin_is_listed(python):
     assert re.search(r"^retroexit_retrievers +example +pca-tree$", shown, re.MULTILINE)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_everything_that_it_offers_is_used_by_name(python, tmp_path):
     used = run(python, "-W", "error::UserWarning", "-c", USE, str(tmp_path / "run"))
     assert used == "PCATreeRetriever edges True True\n"
