@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import functools
+import gc
 import importlib.util
 import os
 import sys
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 
 from retroexit import builtin
 from retroexit.plugins import Host, host
+
+gc.freeze()  # what is imported so far: the collector, and what looks through its objects, need not
 
 
 def _load(name):

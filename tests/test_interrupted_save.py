@@ -77,7 +77,7 @@ def models(tmp_path_factory):
     return [make_model(seed, tmp_path_factory.mktemp("fit")) for seed in (0, 1)]
 
 
-@pytest.mark.parametrize("how", ["killed", "raises"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("raises", marks=pytest.mark.long)])
 @pytest.mark.parametrize("what", ["model", "bank"])
 def test_the_old_or_the_new_one_is_left(models, what, how, damage, tmp_path):
     saved, read = (models, read_model) if what == "model" else ([model.bank for model in models], read_bank)

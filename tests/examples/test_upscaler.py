@@ -49,6 +49,7 @@ def test_real_esrgan_enlarges_a_scene(example):
     assert float((shrunk - image).abs().mean()) < 0.06  # the weights of another layer make noise
 
 
+@pytest.mark.long
 def test_the_script_runs(example, shared, tmp_path, monkeypatch, run_script):
     torch.manual_seed(0)
     monkeypatch.setattr(example.exits, "real_esrgan", lambda: example.network.Upscaler(4, 8, 4).eval())

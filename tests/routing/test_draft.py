@@ -76,7 +76,7 @@ def _assert_equal(output, expected, rows=None, **tolerance):
         assert torch.equal(a, b) if not tolerance else torch.allclose(a, b, **tolerance)
 
 
-@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("copied", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_draft_is_the_early_exit_and_finishes_as_the_backbone(toy, copied):
     model = _wrap(toy)
     with torch.no_grad():

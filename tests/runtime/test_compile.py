@@ -20,7 +20,7 @@ def image(model, *args, **options):
 @pytest.mark.parametrize(
     ("backend", "exits", "thresholds", "other_size"),
     [
-        ("eager", (1, 2, 3), (0.0, 0.8, 2.0), (12, 20)),
+        pytest.param("eager", (1, 2, 3), (0.0, 0.8, 2.0), (12, 20), marks=pytest.mark.long),
         pytest.param("inductor", (1,), (), (8, 8), marks=pytest.mark.slow),  # it chooses kernels by size
     ],
 )

@@ -65,7 +65,7 @@ def _grid(h, w):
     return torch.stack([rows, columns])[None]
 
 
-@pytest.mark.parametrize("is_warm", [False, True])
+@pytest.mark.parametrize("is_warm", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "kept", ["dict", "buffer", "numbered buffer", "attribute", "lru_cache", "lru_cache of a method"]
 )

@@ -79,7 +79,7 @@ CHANGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [Gen, Stopping])
+@pytest.mark.parametrize("kind", [Gen, pytest.param(Stopping, marks=pytest.mark.long)])
 @pytest.mark.parametrize("change, message", CHANGES.values(), ids=list(CHANGES))
 def test_a_generator_that_changed_is_refused(kind, change, message, tmp_path):
     model = wrapped(kind())

@@ -57,7 +57,8 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "owner", "function", "call"),
     [
-        *(("guided", BranchTrainer, "advance", call) for call in (0, 3, 6, 7)),
+        *(pytest.param("guided", BranchTrainer, "advance", call, marks=pytest.mark.long) for call in (0, 3, 6)),
+        ("guided", BranchTrainer, "advance", 7),
         ("guided", caching, "compute_features", 0),
         ("guided", caching, "compute_features", 2),
         ("guided", caching, "write_json", 1),
@@ -67,7 +68,11 @@ def uninterrupted(tmp_path_factory):
         ("guided", fitting, "exit_losses", 0),
         ("guided", fitting, "fit_predictor", 0),
         ("guided", EarlyExitGenerator, "save", 0),
-        *((name, BranchTrainer, "advance", 7) for name in FITS if name not in ("plain", "guided")),
+        *(
+            pytest.param(name, BranchTrainer, "advance", 7, marks=[pytest.mark.long] if "features" in name else [])
+            for name in FITS
+            if name not in ("plain", "guided")
+        ),
     ],
 )
 def test_an_interrupted_fit_ends_the_same(name, owner, function, call, tmp_path, uninterrupted):

@@ -11,21 +11,15 @@ INSTALLABLE = [entry for entry in ENTRIES if not entry.checkout and not entry.is
 
 TOO_SMALL = {"transformers-segformer-head", "own-unet"}  # one 1x1 layer, cheaper than the projection in front of it
 THOROUGH = {"own-dcgan", "own-resnet", "own-unet", "diffusers-tiny-decoder"}  # the benchmark treats all like these
-OTHERS = ("biggan", "diffusers", "lightweight", "monai", "smp", "transformers")
-"""Beginnings of the names of other libraries' generators; most are left to releases and to benchmarks/zoo.py."""
-
-ALWAYS = THOROUGH | {"diffusers-kl", "smp-unet"}
-
-
-def is_long(entry):
-    return entry.name.startswith(OTHERS) and entry.name not in ALWAYS
+ALWAYS = {"diffusers-kl", "diffusers-tiny-decoder", "grids-in-a-dict", "nafnet-like", "own-dcgan", "srvgg-like"}
+"""One of each kind; the others are left to releases and to benchmarks/zoo.py."""
 
 
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")  # other people's code
 @pytest.mark.parametrize(
     "entry",
-    [pytest.param(e, marks=[pytest.mark.long] if is_long(e) else []) for e in INSTALLABLE],
+    [pytest.param(e, marks=[] if e.name in ALWAYS else [pytest.mark.long]) for e in INSTALLABLE],
     ids=lambda entry: entry.name,
 )
 def test_a_generator_gets_thin_exits_and_stays_as_it_was(entry):
