@@ -3,7 +3,6 @@
 import asyncio
 import importlib.util
 import io
-import os
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import threading
 import time
 import types
 import urllib.request
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -404,21 +404,45 @@ def test_a_server_process_mixes_up_no_requests():
             server.terminate()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
-@pytest.mark.skipif(not os.environ.get("RETROEXIT_RAY"), reason="Ray takes long to start; set RETROEXIT_RAY=1")
-@pytest.mark.filterwarnings("ignore")
-def test_replicas_under_ray_mix_up_no_requests():
+@contextmanager
+def replicas_under_ray(**count):
     import ray
     from ray import cloudpickle, serve
 
     port = free_port()
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
-        start_ray(painter, host="127.0.0.1", port=port, replicas=2, options={"max_delay_ms": 1})
-        send_all(port, 50, 8)
+        start_ray(painter, host="127.0.0.1", port=port, options={"max_delay_ms": 1}, **count)
+        yield port
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+
+
+@pytest.mark.long
+@needs_ray
+@pytest.mark.filterwarnings("ignore")
+def test_replicas_under_ray_mix_up_no_requests():
+    with replicas_under_ray(replicas=2) as port:
+        send_all(port, 50, 8)
+
+
+@pytest.mark.long
+@needs_ray
+@pytest.mark.filterwarnings("ignore")
+def test_more_replicas_start_under_load():
+    from ray import serve
+
+    with replicas_under_ray(replicas=1, max_replicas=2) as port:
+        for _ in range(200):
+            send_all(port, 200, 16)
+            states = serve.status().applications["retroexit"].deployments["replica"].replica_states
+            if states.get("RUNNING") == 2:
+                break
+        assert states == {"RUNNING": 2}
 
 
 class Died(Exception):
