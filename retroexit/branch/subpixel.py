@@ -8,6 +8,7 @@ branch exists wherever the generator can be cut.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -94,10 +95,11 @@ def choose_sizes(
     """Choose the grids of a branch, and the largest widths that cost at most ``macs``.
 
     The grids halve (divide by the smallest prime factor) from the image down to the feature: 1/2, 1/4, ... The
-    finest has width w and two convolutions, the one before 1.5 w and three, coarser ones 2.25 w and at most 4 w
-    and one each; a single grid has five. w is below 8 or a multiple of 4. Where the feature is as fine as the
-    image, its grid is halved first. Where that costs too much even with w = 1, as with many channels in front of a
-    cheap tail, the feature is read by a 1x1 convolution.
+    finest has one convolution and a multiple of 16 channels, the blocks that processors work on; the one before has
+    three, coarser ones one each, and up to three times as many channels, as is left for them. A single grid has a
+    multiple of 8 channels, and three to five convolutions. Where that costs too much, a grid has 1 to 8 channels.
+    Where the feature is as fine as the image, its grid is halved first. Where even one channel costs too much, as with
+    many channels in front of a cheap tail, the feature is read by a 1x1 convolution.
 
     Args:
         macs: Largest number of multiply-accumulates of the branch.
@@ -116,28 +118,27 @@ def choose_sizes(
     shuffles = [tuple(p[i] if i < len(p) else 1 for p in primes) for i in range(max(1, *map(len, primes)))]
     last, *finer = shuffles
     finer = finer[::-1] or [(1,) * axes]  # from coarse to fine
-    depths = [5] if len(finer) == 1 else [*[1] * (len(finer) - 2), 3, 2]
+    coarse = len(finer) - 1
 
-    def plan(width: int) -> SubpixelPlan:
-        behind = range(len(finer) - 1, -1, -1)
-        widths = [round(width * min(1.5**i, 4)) for i in behind]
-        levels = tuple(map(Level, finer, widths, depths))
-        return SubpixelPlan(fold, levels, last, causal, kernel)
+    def plan(width: int, more: int = 0, kernel: int = 3) -> SubpixelPlan:
+        """Sizes with this width, and so many steps of the coarser grids' width, or of the single one's depth."""
+        widths = [*[width + 8 * more] * coarse, width]
+        depths = [*[1] * (coarse - 1), 3, 1] if coarse else [3 + more]
+        return SubpixelPlan(fold, tuple(map(Level, finer, widths, depths)), last, causal, kernel)
 
-    candidates, kernel = [*range(1, 8), *range(8, _WIDEST + 1, 4)], 3
-    least = count(plan(1))
-    if least > macs:
-        kernel, least = 1, count(replace(plan(1), kernel=1))
+    kernel = 3 if count(plan(1)) <= macs else 1
+    least = count(plan(1, kernel=kernel))
     if least > macs:
         raise BranchError(
             f"a sub-pixel branch here costs at least {least:,} MACs, got a limit of {max(0, round(macs)):,} behind "
             "the attach point. Pass a larger macs or scale, or attach elsewhere."
         )
-    low, high = 0, len(candidates)  # candidates[low] fits, candidates[high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(plan(candidates[middle])) <= macs else (low, middle)
-    return plan(candidates[low])
+    step = 16 if coarse else 8
+    widths = [*range(1, 9), *range(16, _WIDEST + 1, step)]
+    width = widths[bisect_right(widths, macs, key=lambda w: count(plan(w, kernel=kernel))) - 1]
+    steps = range(width // 4 + 1 if coarse else 3)
+    more = bisect_right(steps, macs, key=lambda n: count(plan(width, n, kernel))) - 1
+    return plan(width, more, kernel)
 
 
 def _prime_factors(number: int) -> list[int]:
