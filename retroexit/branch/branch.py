@@ -114,6 +114,7 @@ class Branch(nn.Module):
 
     Attributes:
         kind: Name that its builder is registered under.
+        lr: Learning rate that serves it, used by a fit that names none.
         plan: The chosen sizes, from which it can be built again.
         macs: Multiply-accumulates of its first run, on the example values that it was built for.
         inherited: For the path of every layer, the backbone's channels that its output inherits, ``None`` for
@@ -123,7 +124,7 @@ class Branch(nn.Module):
         why: Why it is of this kind, where that was not the user's choice.
     """
 
-    kind = ""
+    kind, lr = "", 4e-3
 
     def __init__(self, plan: Any) -> None:
         super().__init__()

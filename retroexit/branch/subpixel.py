@@ -366,7 +366,7 @@ class SubpixelBranch(Branch):
         plan: The chosen sizes, as JSON types.
     """
 
-    kind = "subpixel"
+    kind, lr = "subpixel", 2e-3
 
     def __init__(self, plan: SubpixelPlan, values: Sequence[Tensor], spec: BranchSpec, output: Output) -> None:
         super().__init__(asdict(plan))

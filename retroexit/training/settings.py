@@ -27,6 +27,7 @@ class FitSettings:
         batch: Samples (or crops) per step, over all processes.
         crop: Train on square windows of this many image pixels; ``None`` for whole images.
         lr: Largest learning rate of the branches; it rises over the first tenth of the steps, then falls by a cosine.
+            By default that of the kind of branch: 0.002 for sub-pixel branches, 0.004 for others.
         clip: Largest norm of a branch's gradient, or ``None``.
         ema: Decay of the saved average of weights, in [0, 1); at most ``(1 + step) / (10 + step)``.
         losses: Weight of every term of the training loss by name.
@@ -48,7 +49,7 @@ class FitSettings:
     steps: int = 1500
     batch: int = 8
     crop: int | None = None
-    lr: float = 4e-3
+    lr: float | None = None
     clip: float | None = 1.0
     ema: float = 0.999
     losses: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_LOSSES))

@@ -30,13 +30,13 @@ from retroexit.training.steps import Step, Steps
 _POSTFIX_EVERY, _SCALARS_EVERY, _IMAGES_EVERY, _IMAGES = 20, 20, 250, 4
 
 
-def learning_rate(step: int, settings: FitSettings) -> float:
-    """Return the learning rate of a step, from 0."""
-    warmup = max(1, settings.steps // 10)
+def learning_rate(step: int, steps: int, largest: float) -> float:
+    """Return the learning rate of a step, from 0, of some steps."""
+    warmup = max(1, steps // 10)
     if step < warmup:
-        return settings.lr * (0.1 + 0.9 * step / warmup)
-    progress = (step - warmup) / max(1, settings.steps - warmup)
-    return settings.lr * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+        return largest * (0.1 + 0.9 * step / warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return largest * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def averaged(parameters: Sequence[nn.Parameter], decay: float) -> AveragedModel:
@@ -120,7 +120,8 @@ class BranchTrainer:
         self.device = device_of(model.generator)
         self.trained = [p for p in branch.parameters() if p.requires_grad]
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.trained)
-        self.optimizer = torch.optim.Adam(_groups(branch), lr=settings.lr, betas=(0.9, 0.99), fused=fused)
+        self.lr = settings.lr or branch.lr
+        self.optimizer = torch.optim.Adam(_groups(branch), lr=self.lr, betas=(0.9, 0.99), fused=fused)
         self.average = averaged(self.trained, settings.ema)
         self.averages = list(self.average.module.parameters())
         self.step = 0
@@ -159,7 +160,7 @@ class BranchTrainer:
     def advance(self, step: Step) -> dict[str, float]:
         """Do one optimiser step, and return the parts of the loss; raises `TrainingError` if it is not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["share"] * learning_rate(self.step, self.settings)
+            group["lr"] = group["share"] * learning_rate(self.step, self.settings.steps, self.lr)
         with drawing_from(step.seed, self.device), self._precision():
             image = self.model.split.place_of(self._render(step))
             batch = TrainingBatch(self.limits.to_signed(image.float()), step.target, step.args, step.kwargs)
@@ -201,7 +202,7 @@ class BranchTrainer:
     def _diverged(self, what: str, value: float, parts: dict[str, float]) -> TrainingError:
         return TrainingError(
             f"the {what} of exit {self.index + 1} became {value} at step {self.step}: {parts}. The branches have the "
-            f"weights of the last checkpoint, {self.path}. Use another folder, and lr below {self.settings.lr:g}."
+            f"weights of the last checkpoint, {self.path}. Use another folder, and lr below {self.lr:g}."
         )
 
     @torch.no_grad()

@@ -16,7 +16,6 @@ from retroexit.model import EarlyExitGenerator
 from retroexit.training import cache as caching
 from retroexit.training import fit as fitting
 from retroexit.training import trainer as training
-from retroexit.training.settings import FitSettings
 from retroexit.training.steps import draw_batch
 from retroexit.training.trainer import BranchTrainer, learning_rate
 
@@ -217,11 +216,10 @@ def test_each_epoch_visits_every_row_once(batch):
 
 
 def test_the_learning_rate_rises_over_a_tenth_then_falls_to_a_thousandth():
-    schedule = FitSettings(steps=200, lr=2.0)
-    rates = [learning_rate(step, schedule) for step in range(201)]
+    rates = [learning_rate(step, 200, 2.0) for step in range(201)]
     assert rates[0] == pytest.approx(0.2)
     assert rates[20] == max(rates) == pytest.approx(2.0)
     assert rates[110] == pytest.approx(2.0 * (0.001 + 0.999 * 0.5))
     assert rates[200] == pytest.approx(0.002)
     assert rates[:21] == sorted(set(rates[:21])) and rates[20:] == sorted(set(rates[20:]), reverse=True)
-    assert learning_rate(0, FitSettings(steps=1)) > 0
+    assert learning_rate(0, 1, 2.0) > 0
