@@ -37,7 +37,7 @@ from retroexit.evaluation.sweep import Evaluation, promise_summary
 from retroexit.report.text_tables import fidelity_table, promise_table, sweep_table, table
 
 ATTACH_AT = (2, 3, 4, 5)
-MACS = (0.05, 0.08, 0.10, 0.15)  # of the decoder's, the way to the exit included
+MACS = (0.036, 0.065, 0.10, 0.15)  # of the decoder's, the way to the exit included
 WIDTHS = (16, 16, 16, 16)  # of thin copies, of 64 channels
 THRESHOLDS = (0.05, 0.1, 0.15)
 

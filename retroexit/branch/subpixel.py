@@ -94,10 +94,10 @@ def choose_sizes(
 ) -> SubpixelPlan:
     """Choose the grids of a branch, and the largest widths that cost at most ``macs``.
 
-    The grids halve (divide by the smallest prime factor) from the image down to the feature: 1/2, 1/4, ... The
-    finest has one convolution and a multiple of 16 channels, the blocks that processors work on; the one before has
-    three, coarser ones one each, and up to three times as many channels, as is left for them. A single grid has a
-    multiple of 8 channels, and three to five convolutions. Where that costs too much, a grid has 1 to 8 channels.
+    The grids halve (divide by the smallest prime factor) from the image down to the feature: 1/2, 1/4, ... Each has
+    one convolution. The finest has a multiple of 16 channels, the blocks that processors work on, the coarser ones up
+    to three times as many, as is left for them. A single grid has a multiple of 8 channels, and three to five
+    convolutions. Where that costs too much, the finest grid has 1 to 8 channels.
     Where the feature is as fine as the image, its grid is halved first. Where even one channel costs too much, as with
     many channels in front of a cheap tail, the feature is read by a 1x1 convolution.
 
@@ -123,7 +123,7 @@ def choose_sizes(
     def plan(width: int, more: int = 0, kernel: int = 3) -> SubpixelPlan:
         """Sizes with this width, and so many steps of the coarser grids' width, or of the single one's depth."""
         widths = [*[width + 8 * more] * coarse, width]
-        depths = [*[1] * (coarse - 1), 3, 1] if coarse else [3 + more]
+        depths = [1] * (coarse + 1) if coarse else [3 + more]
         return SubpixelPlan(fold, tuple(map(Level, finer, widths, depths)), last, causal, kernel)
 
     kernel = 3 if count(plan(1)) <= macs else 1
