@@ -95,11 +95,11 @@ def choose_sizes(
     """Choose the grids of a branch, and the largest widths that cost at most ``macs``.
 
     The grids halve (divide by the smallest prime factor) from the image down to the feature: 1/2, 1/4, ... Each has
-    one convolution. The finest has a multiple of 16 channels, the blocks that processors work on, the coarser ones up
-    to three times as many, as is left for them. A single grid has a multiple of 8 channels, and three to five
-    convolutions. Where that costs too much, the finest grid has 1 to 8 channels.
-    Where the feature is as fine as the image, its grid is halved first. Where even one channel costs too much, as with
-    many channels in front of a cheap tail, the feature is read by a 1x1 convolution.
+    one convolution. The finest has a multiple of 16 channels, the blocks that processors work on; the coarser ones have
+    up to three times as many, as is left for them. A single grid has a multiple of 8 channels, and up to five
+    convolutions: at least three of more than 16 channels. Where that costs too much, the finest grid has 1 to 8
+    channels. Where the feature is as fine as the image, its grid is halved first. Where even one channel costs too
+    much, as with many channels in front of a cheap tail, the feature is read by a 1x1 convolution.
 
     Args:
         macs: Largest number of multiply-accumulates of the branch.
@@ -123,7 +123,7 @@ def choose_sizes(
     def plan(width: int, more: int = 0, kernel: int = 3) -> SubpixelPlan:
         """Sizes with this width, and so many steps of the coarser grids' width, or of the single one's depth."""
         widths = [*[width + 8 * more] * coarse, width]
-        depths = [1] * (coarse + 1) if coarse else [3 + more]
+        depths = [1] * (coarse + 1) if coarse else [(1 if width <= 16 else 3) + more]
         return SubpixelPlan(fold, tuple(map(Level, finer, widths, depths)), last, causal, kernel)
 
     kernel = 3 if count(plan(1)) <= macs else 1
@@ -136,7 +136,7 @@ def choose_sizes(
     step = 16 if coarse else 8
     widths = [*range(1, 9), *range(16, _WIDEST + 1, step)]
     width = widths[bisect_right(widths, macs, key=lambda w: count(plan(w, kernel=kernel))) - 1]
-    steps = range(width // 4 + 1 if coarse else 3)
+    steps = range(width // 4 + 1 if coarse else 5 if width <= 16 else 3)
     more = bisect_right(steps, macs, key=lambda n: count(plan(width, n, kernel))) - 1
     return plan(width, more, kernel)
 
