@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import retroexit
 from retroexit.branch import subpixel_start
 from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
+from retroexit.branch.subpixel import choose_sizes
 from retroexit.core.modules import count_macs
 from retroexit.plugins import host
 from tests.toys import TOYS, Distance, conv
@@ -172,6 +173,29 @@ def test_live_maps_labels_and_vectors_change_the_image():
         changed[position] = values[position] + 1
         assert not torch.equal(model(*changed, exit=1), image), position
     torch.testing.assert_close(model(*(v[1:] for v in values), exit=1), image[1:])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "macs", "sizes"),
+    [
+        (4, 3 * 24 * 24, [(16, 5)]),  # with 24 channels it has at least three convolutions
+        (4, 4 * 24 * 24, [(24, 3)]),
+        (4, 5 * 24 * 24, [(24, 4)]),
+        (8, 2 * (32 * 32 + 32 * 32), [(32, 1), (32, 1)]),
+        (8, 2 * (56 * 56 + 32 * 32), [(56, 1), (32, 1)]),
+        (8, 2 * (64 * 64 + 48 * 48), [(64, 1), (48, 1)]),
+        (8, 2 * (16 * 16 + 8 * 8), [(16, 1), (8, 1)]),
+        (8, 2 * (5 * 5 + 5 * 5), [(5, 1), (5, 1)]),
+        (16, 6 * 48 * 48, [(48, 1), (48, 1), (48, 1)]),
+    ],
+)
+def test_grids_are_as_wide_as_fits_in_blocks_of_channels_and_then_deeper(ratio, macs, sizes):
+    def count(plan):
+        return sum((level.depth + 1) * level.width**2 for level in plan.levels)
+
+    plan = choose_sizes(macs, (ratio, ratio), count)
+    assert [(level.width, level.depth) for level in plan.levels] == sizes
+    assert count(plan) <= macs and plan.ratios == (ratio, ratio)
 
 
 @pytest.mark.parametrize("macs", [0.4, 0.6, 0.9])
