@@ -21,8 +21,9 @@ from torch.nn import functional
 
 from retroexit.branch.branch import Branch, GuideEntry, Reconstruction, distinct_widths
 from retroexit.branch.builder import BranchSpec
+from retroexit.branch.output import Output, causal_frames
 from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
-from retroexit.branch.subpixel import Convolution, Output, causal_frames
+from retroexit.branch.subpixel import Convolution
 from retroexit.branch.subpixel_start import PLACES, LayerSolver
 from retroexit.core.modules import MacCounter
 from retroexit.core.writes import differentiable_writes

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import retroexit
 from retroexit.branch import subpixel_start
 from retroexit.branch.pixels import pixel_shuffle, pixel_unshuffle
-from retroexit.branch.subpixel import choose_sizes
+from retroexit.branch.subpixel_sizes import choose_sizes
 from retroexit.core.modules import count_macs
 from retroexit.plugins import host
 from tests.toys import TOYS, Distance, conv
