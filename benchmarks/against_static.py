@@ -76,7 +76,7 @@ class Sizes:
     """
 
     attach_at: tuple[int, ...] = (2, 3, 4, 5)
-    macs: tuple[float, ...] = (0.05, 0.08, 0.1, 0.15)
+    macs: tuple[float, ...] = (0.036, 0.065, 0.1, 0.15)
     students: tuple[float, ...] = (0.05, 0.1, 0.15)
     scales: tuple[float, ...] = (24 / 64,)
     ratios: tuple[float, ...] = (0.7,)
