@@ -50,7 +50,7 @@ def test_a_file_holds_all_options_and_typed_options_replace_its_values(run, tmp_
     assert saved["attach_at"] == ["stages.0", "stages.1"]
     assert record["losses"] == {"l1": 0.5, "quality": 2.0}
     assert (record["steps"], record["batch"], record["predictor_steps"]) == (2, 2, 3)
-    assert (record["cache"], record["lr"]) == (True, 4e-3)
+    assert (record["cache"], record["lr"]) == (True, None)
     words = ("--steps", "3", "--loss", "l1=1", "--attach-at", "2", "--scale", "1/2")
     _config(run, CONFIG, *words, "--ema", "0.5", "--clip", "0", "--out", "again").succeeds()
     saved = json.loads((tmp_path / "again/model.json").read_text())

@@ -90,7 +90,7 @@ def test_an_interrupted_fit_prints_how_to_continue(run, monkeypatch):
 def test_a_folder_of_another_fit_is_refused(run):
     run.fit().succeeds()
     run.fit(steps="3").fails_with("steps.* 2, .* 3")
-    run.fit("--lr", "0.1", "--dry-run").fails_with("lr.* 0.004, .* 0.1")
+    run.fit("--lr", "0.1", "--dry-run").fails_with("lr was None, is 0.1")
     run.fit("--predictor", "linear", "--dry-run").succeeds()  # the predictor is trained anew
 
 

@@ -211,7 +211,7 @@ def other_weights():
 def test_a_folder_with_another_fit_is_refused_by_what_differs(tmp_path, guidance):
     fit(wrap(guidance=guidance), tmp_path)
     for generator, options, settings, message in (
-        (None, {}, {"steps": 5, "lr": 0.1}, r"settings: lr was 0.004, is 0.1, steps was 4, is 5\. Use another fol"),
+        (None, {}, {"steps": 5, "lr": 0.1}, r"settings: lr was None, is 0.1, steps was 4, is 5\. Use another fol"),
         (None, {}, {"seed": 1}, "seed was 0, is 1"),
         (None, {"init": "inherit"}, {}, "wrap.init was scratch, is inherit"),
         (None, {"attach_at": [2]}, {}, r"attach_at was \['stages.0', 'stages.1'\], is \['stages.1'\]"),
