@@ -344,7 +344,8 @@ def draw(points: Sequence[Point], path: Path, title: str) -> None:
     labels = {"mean": "mean LPIPS", "p95": "95th percentile of LPIPS"}
     for line, cost in zip(figure.subplots(2, 2), ("share", "time"), strict=True):
         for axes, statistic in zip(line, labels, strict=True):
-            for way, (colour, style) in STYLES.items():
+            for way in [way for way in STYLES if any(p.way == way for p in points)]:
+                colour, style = STYLES[way]
                 mine = [p for p in points if p.way == way and getattr(p, cost) is not None and p.share < 0.5]
                 mine.sort(key=lambda p: getattr(p, cost))
                 x, y = [100 * getattr(p, cost) for p in mine], [p.statistics[statistic] for p in mine]
