@@ -157,6 +157,23 @@ def test_trying_a_layout_leaves_no_trace_in_the_statistics(tmp_path):
 # Numbers that are not finite.
 
 
+@pytest.mark.parametrize(
+    ("kind", "given", "largest"), [("copy", {}, 0.004), ("subpixel", {}, 0.002), ("subpixel", {"lr": 0.01}, 0.01)]
+)
+def test_the_learning_rate_is_that_of_the_kind_unless_one_is_given(kind, given, largest, tmp_path, monkeypatch):
+    real, rates = BranchTrainer.advance, []
+
+    def advance(trainer, step):
+        parts = real(trainer, step)
+        rates.extend(group["lr"] for group in trainer.optimizer.param_groups)
+        return parts
+
+    monkeypatch.setattr(BranchTrainer, "advance", advance)
+    options = {"branch": kind, "scale": None, "macs": 0.6} if kind == "subpixel" else {}
+    fit(wrap(attach_at=[1], **options), tmp_path, steps=20, **given)
+    assert max(rates) == pytest.approx(largest)
+
+
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
 def test_numbers_that_are_not_finite_stop_training_with_the_last_good_checkpoint(tmp_path, broken):
     class Broken(Distance):
