@@ -76,7 +76,7 @@ def add_predictor(model: EarlyExitGenerator, args: Any, kwargs: Any) -> None:
     """Give a model that is not fitted a predictor with random weights."""
     if model.router.predictor is None:
         feature = model.features(*args, **kwargs)[0]
-        predictor = Predictor(feature.shape[1], len(model.branches), dims=feature.dim() - 2)
+        predictor = Predictor(feature.shape[1], len(model.branches), dims=feature.dim() - 2, reads="features")
         model.router.predictor = predictor.to(feature.device).eval()
 
 

@@ -52,38 +52,47 @@ class Convolution(nn.Module):
         return functional.pad(x, self.pad) if self.pad else x
 
 
-class _LiveMap(nn.Module):
-    """Projects a live map to the channels and the grid of a level."""
+class _LiveValues(nn.Module):
+    """Adds what all live maps say to the channels of a level; scales and shifts them by what all vectors say.
 
-    def __init__(self, channels: int, out_channels: int, factors: tuple[int, ...]) -> None:
+    Args:
+        maps: Live maps: position -> channels, and factors by which they are made coarser.
+        vectors: Live vectors: position -> how many numbers.
+        width: Channels of the level.
+        axes: Spatial axes.
+    """
+
+    def __init__(
+        self, maps: Mapping[int, tuple[int, tuple[int, ...]]], vectors: Mapping[int, int], width: int, axes: int
+    ) -> None:
         super().__init__()
-        self.factors = factors
-        self.project = _CONVOLUTION[len(factors)](channels * math.prod(factors), out_channels, 1, bias=False)
-        self.project.weight.data.mul_(_START)
+        self.maps, self.vectors = {position: factors for position, (_, factors) in maps.items()}, list(vectors)
+        channels = sum(count * math.prod(factors) for count, factors in maps.values())
+        self.map = _CONVOLUTION[axes](channels, width, 1, bias=False) if maps else None
+        self.vector = nn.Linear(sum(vectors.values()), 2 * width) if vectors else None
+        for layer in filter(None, (self.map, self.vector)):
+            layer.weight.data.mul_(_START)
+        if self.vector is not None:
+            self.vector.bias.data.zero_()
 
-    def forward(self, x: Tensor, value: Tensor) -> Tensor:
-        """Add a projection of ``value`` ``(N, C, ...)`` to ``x``."""
-        value = value if value.dim() == x.dim() else value[:, None]
-        value = pixel_unshuffle(value.to(x.dtype), self.factors)
-        if value.shape[2:] != x.shape[2:]:
-            value = functional.interpolate(value, size=x.shape[2:], mode="nearest")
-        return x + self.project(value)
+    def forward(self, x: Tensor, live: Sequence[Tensor]) -> Tensor:
+        """Change ``x`` ``(N, C, ...)`` by live values of any shapes."""
+        if self.map is not None:
+            x = x + self.map(torch.cat([_on_grid(live[i], x, factors) for i, factors in self.maps.items()], 1))
+        if self.vector is not None:
+            changes = self.vector(torch.cat([_as_vector(live[i].to(x.dtype)) for i in self.vectors], 1))
+            gain, shift = changes.view(*changes.shape, *(1,) * (x.dim() - 2)).chunk(2, 1)
+            x = x * (1 + gain) + shift
+        return x
 
 
-class _LiveVector(nn.Module):
-    """Scales and shifts the channels of a level by what a live vector says."""
-
-    def __init__(self, numbers: int, out_channels: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(numbers, 2 * out_channels)
-        self.project.weight.data.mul_(_START)
-        self.project.bias.data.zero_()
-
-    def forward(self, x: Tensor, value: Tensor) -> Tensor:
-        """Modulate ``x`` ``(N, C, ...)`` by ``value`` ``(N, ...)``."""
-        changes = self.project(_as_vector(value.to(x.dtype)))
-        gain, shift = changes.view(*changes.shape, *(1,) * (x.dim() - 2)).chunk(2, 1)
-        return x * (1 + gain) + shift
+def _on_grid(value: Tensor, x: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """Bring a live map to the grid and the type of ``x``, pixels of a cell as channels."""
+    value = value if value.dim() == x.dim() else value[:, None]
+    value = pixel_unshuffle(value.to(x.dtype), factors)
+    if value.shape[2:] != x.shape[2:]:
+        value = functional.interpolate(value, size=x.shape[2:], mode="nearest")
+    return value
 
 
 def _as_vector(value: Tensor) -> Tensor:
@@ -96,14 +105,12 @@ def _as_vector(value: Tensor) -> Tensor:
 class _Level(nn.Module):
     """One grid of a branch: refine, add live values, convolve."""
 
-    def __init__(
-        self, channels: int, level: Level, live: Mapping[int, nn.Module], causal: bool, kernel: int = 3
-    ) -> None:
+    def __init__(self, channels: int, level: Level, live: _LiveValues | None, causal: bool, kernel: int = 3) -> None:
         super().__init__()
         axes, width = len(level.factors), level.width
         self.factors = level.factors
         self.refine = Convolution(channels, width * math.prod(level.factors), axes, causal, kernel)
-        self.live = nn.ModuleDict({str(position): entry for position, entry in live.items()})
+        self.live = live
         self.layers = nn.ModuleList(Convolution(width, width, axes, causal) for _ in range(level.depth))
 
     def forward(self, x: Tensor, live: Sequence[Tensor]) -> Tensor:
@@ -114,10 +121,8 @@ class _Level(nn.Module):
         return x
 
     def add_live(self, x: Tensor, live: Sequence[Tensor]) -> Tensor:
-        """Add what live values say to ``x``."""
-        for position, entry in self.live.items():
-            x = entry(x, live[int(position)])
-        return x
+        """Change ``x`` by live values, where the level takes any."""
+        return x if self.live is None else self.live(x, live)
 
 
 class SubpixelBranch(Branch):
@@ -149,7 +154,7 @@ class SubpixelBranch(Branch):
             grids.append(grid)
         levels = []
         for number, level in enumerate(plan.levels):
-            live = _live_entries(values, number, grids, level.width, plan.causal)
+            live = _live_values(values, number, grids, level.width, plan.causal)
             levels.append(_Level(channels, level, live, plan.causal, 3 if number else plan.kernel))
             channels = level.width
         self.levels = nn.ModuleList(levels)
@@ -197,11 +202,11 @@ class SubpixelBranch(Branch):
         conv.bias.copy_(colour.repeat_interleave(math.prod(self.sizes.last)))
 
 
-def _live_entries(
+def _live_values(
     values: Sequence[Tensor], number: int, grids: Sequence[tuple[int, ...]], width: int, causal: bool
-) -> dict[int, nn.Module]:
-    """Make the entries of level ``number``: of all vectors, and of maps for which it is the first fine enough."""
-    feature, entries = values[0], dict[int, nn.Module]()
+) -> _LiveValues | None:
+    """Choose what level ``number`` takes: all vectors, and maps for which it is the first fine enough."""
+    feature, maps, vectors = values[0], dict[int, tuple[int, tuple[int, ...]]](), dict[int, int]()
     for position, value in enumerate(values[1:]):
         if value.dim() == 0 or value.is_complex() or value.shape[0] != feature.shape[0] or not value.numel():
             continue  # a number or a constant
@@ -209,14 +214,14 @@ def _live_entries(
         if value.dim() == feature.dim() - 1 and tuple(value.shape[1:]) in {tuple(feature.shape[2:]), *grids}:
             value, size = value[:, None], tuple(value.shape[1:])  # labels without a channel axis
         if value.dim() != feature.dim() or max(size) == 1:
-            entries[position] = _LiveVector(_as_vector(value).shape[1], width)
+            vectors[position] = _as_vector(value).shape[1]
             continue
         fits = [i for i, grid in enumerate(grids) if all(s <= g for s, g in zip(size, grid, strict=True))]
         if number == (fits[0] if fits else len(grids) - 1):
             pairs = enumerate(zip(size, grids[number], strict=True))
             whole = [s // g if s % g == 0 and not (causal and axis == 0) else 1 for axis, (s, g) in pairs]
-            entries[position] = _LiveMap(int(value.shape[1]), width, tuple(whole))
-    return entries
+            maps[position] = int(value.shape[1]), tuple(whole)
+    return _LiveValues(maps, vectors, width, feature.dim() - 2) if maps or vectors else None
 
 
 def build_subpixel(

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ Dims = Sequence[int | str]
 MANIFEST = "manifest.json"
 KIND, SCHEMA = "retroexit bundle", 1
 _QUERIES = 2048  # queries of one block of the search
+_CHOOSING = ("threshold", "budget", "budget_ms")
 
 
 class BundleError(ValueError):
@@ -145,7 +147,10 @@ class Bundle:
     Attributes:
         manifest: What was exported: exits with their MACs, the promise, inputs, shapes and dtypes.
         programs: The pieces by name.
+        milliseconds: What `measure_latency` measured.
     """
+
+    milliseconds: Array | None = None
 
     def __init__(
         self, manifest: dict[str, Any], programs: dict[str, Program], bank: Values, calibration: Values
@@ -171,6 +176,7 @@ class Bundle:
         exit: int | None = None,
         threshold: float | Sequence[float] | None = None,
         budget: float | None = None,
+        budget_ms: float | None = None,
         seed: int | None = None,
         draws: Values | None = None,
         **kwargs: Any,
@@ -182,6 +188,7 @@ class Bundle:
             exit: Exit of all samples, from 1; the last one is the backbone. By default the backbone.
             threshold: Largest quality loss to accept, one number or one per sample; see `retroexit`.
             budget: Mean share of the backbone's compute to spend.
+            budget_ms: Mean milliseconds of a sample to spend, by what `measure_latency` measured.
             seed: Of the random numbers that the generator draws, where it draws any: NumPy's ``default_rng``. The
                 numbers of a sample depend on the seed and its place in the batch. By default they differ every time.
             draws: Some of these random numbers themselves, by the names in the manifest.
@@ -193,7 +200,9 @@ class Bundle:
         Raises:
             BundleError: If inputs or options do not fit.
         """
-        begun = self.begin(inputs, kwargs, exit, threshold, budget, seed, draws)
+        return self._render(self.begin(inputs, kwargs, exit, threshold, budget, seed, draws, budget_ms=budget_ms))
+
+    def _render(self, begun: Begun) -> tuple[Array, Array]:
         values, exits, rows, parts = begun.values, begun.exits, np.arange(len(begun.exits)), []
         for index in range(self.exits):
             if index:
@@ -219,6 +228,7 @@ class Bundle:
         seed: int | None = None,
         draws: Values | None = None,
         strict: bool = False,
+        budget_ms: Any = None,
     ) -> Begun:
         """Run to the first cut and choose exits; see `run`. `finish` renders what is returned.
 
@@ -228,15 +238,16 @@ class Bundle:
         values = self._bind(tuple(args), kwargs)
         count = self._count(values)
         draw, everyone = _Draws(seed, draws or {}, count), np.arange(count)
-        self._check_options(None if isinstance(exit, np.ndarray) else exit, threshold, budget, draws or {}, count)
+        options = {"exit": exit, "threshold": threshold, "budget": budget, "budget_ms": budget_ms}
+        self._check_options(options, draws or {}, count)
         values = self._advance(values, 0, everyone, draw)
         exits: Array = np.full(count, self.exits if exit is None else exit)
         nearest: tuple[Array, Array] | None = None
         losses: Array | None = None
         if strict and threshold is not None and self._is_void(values):
             exits = np.where(exits > 0, exits, self.exits)
-        elif threshold is not None or budget is not None:
-            chosen, nearest, losses = self._choose(values, threshold, budget, draw)
+        elif any(options[name] is not None for name in _CHOOSING):
+            chosen, nearest, losses = self._choose(values, options, draw)
             exits = chosen if exit is None else np.where(exits > 0, exits, chosen)
         if self.manifest["bank"] is not None and (exits < self.exits).any():
             early = np.flatnonzero(exits < self.exits)
@@ -262,6 +273,22 @@ class Bundle:
 
     def _leave(self, values: Values, exit: int, rows: Array, draw: _Draws) -> Array:
         return self._call(f"branch_{exit}", values, rows, draw)["image"]
+
+    def measure_latency(self, *inputs: Any, runs: int = 9, **kwargs: Any) -> Array:
+        """Time every exit by turns, for ``budget_ms`` in calls like this one; the predictor is counted.
+
+        Returns:
+            Median milliseconds of one sample at every exit, the backbone last, ``(K + 1,)``.
+        """
+        count, threshold = self._count(self._bind(inputs, kwargs)), None if self.manifest["router"] is None else 0.0
+        seconds = np.empty((runs + 2, self.exits))
+        for turn in range(runs + 2):  # two turns warm up
+            for index in range(self.exits):
+                begin = time.perf_counter()
+                self._render(self.begin(inputs, kwargs, np.full(count, index + 1), threshold))
+                seconds[turn, index] = time.perf_counter() - begin
+        self.milliseconds = (1000 * np.median(seconds[2:], 0) / count).astype(np.float32)
+        return self.milliseconds
 
     def predict(self, *inputs: Any, seed: int | None = None, **kwargs: Any) -> Array:
         """Predict the loss of every branch exit, ``(N, K)``; infinite for samples out of distribution."""
@@ -309,23 +336,25 @@ class Bundle:
         batched = (len(array) // self._rows[name] for name, array in values.items() if name in self._rows)
         return next(batched, int(self.manifest["batch"]))
 
-    def _check_options(self, exit: int | None, threshold: Any, budget: float | None, draws: Values, count: int) -> None:
+    def _check_options(self, options: dict[str, Any], draws: Values, count: int) -> None:
         unknown = {*draws} - {entry["name"] for program in self.programs.values() for entry in program.noise}
         if unknown:
             raise BundleError(f"draws must have the names of the manifest, got {sorted(unknown)}.")
-        options = {"exit": exit, "threshold": threshold, "budget": budget}
         passed = {name: value for name, value in options.items() if value is not None}
-        if len(passed) > 1:
-            raise BundleError(f"exit, threshold and budget exclude each other, got {passed}. Pass one.")
-        if exit is not None and (not isinstance(exit, (int, np.integer)) or not 1 <= exit <= self.exits):
+        exit = passed.get("exit")
+        if isinstance(exit, np.ndarray):  # made by the scheduler, beside a threshold
+            del passed["exit"]
+        elif exit is not None and (not isinstance(exit, (int, np.integer)) or not 1 <= exit <= self.exits):
             raise BundleError(f"exit must be an integer from 1 to {self.exits}, the backbone, got {exit!r}.")
-        for name in ("threshold", "budget"):
-            number = np.asarray(options[name] if options[name] is not None else 1.0)
+        if len(passed) > 1:
+            raise BundleError(f"{', '.join(options)} exclude each other, got {passed}. Pass one.")
+        for name, value in passed.items():
+            number = np.asarray(value)
             if number.dtype.kind not in "fiu" or number.shape not in ((), (count,)):
-                raise BundleError(f"{name} must be one number or one per sample ({count},), got {options[name]!r}.")
+                raise BundleError(f"{name} must be one number or one per sample ({count},), got {value!r}.")
             if not (np.isfinite(number).all() and (number >= 0).all()):
-                raise BundleError(f"{name} must be finite and >= 0, got {options[name]!r}.")
-        if passed and exit is None and self.manifest["router"] is None:
+                raise BundleError(f"{name} must be finite and >= 0, got {value!r}.")
+        if passed.keys() & {*_CHOOSING} and self.manifest["router"] is None:
             raise BundleError("choosing exits needs a predictor, but the export had none. Fit first, or pass exit=k.")
 
     # Running.
@@ -374,12 +403,12 @@ class Bundle:
         return losses, nearest
 
     def _choose(
-        self, values: Values, threshold: Any, budget: Any, draw: _Draws
+        self, values: Values, options: dict[str, Any], draw: _Draws
     ) -> tuple[Array, tuple[Array, Array] | None, Array]:
-        router = self.manifest["router"]
+        router, threshold = self.manifest["router"], options["threshold"]
         losses, nearest = self._losses(values, draw)
         if threshold is None:
-            exits = self._by_budget(losses, budget)
+            exits = self._by_budget(losses, "budget" if options["budget_ms"] is None else "budget_ms", options)
         else:
             limits = np.stack([self._limit(float(tau)) for tau in np.ravel(threshold)])[:, None]
             good = np.pad(losses <= limits, ((0, 0), (0, 1)), constant_values=True)
@@ -411,32 +440,27 @@ class Bundle:
         worst, *others = (min(float(limit), most) for limit in self._calibration["limits"][step])
         return np.float32(worst * (worst / others[0] if others and worst > 0 else 1.0))
 
-    def _by_budget(self, losses: Array, budget: Any) -> Array:
+    def _by_budget(self, losses: Array, name: str, options: dict[str, Any]) -> Array:
         if "predicted" not in self._calibration:
-            raise BundleError(f"budget={budget} needs a calibration, but the export had none. Calibrate first.")
-        budgets = np.broadcast_to(np.asarray(budget, float), len(losses))
-        multipliers = {share: self._multiplier(share) for share in set(budgets.tolist())}
-        return self._weigh(losses, np.array([multipliers[share] for share in budgets.tolist()]))
+            raise BundleError(f"{name}={options[name]} needs a calibration, but the export had none. Calibrate first.")
+        costs = np.asarray(self.manifest["router"]["shares"], np.float32) if name == "budget" else self.milliseconds
+        if costs is None:
+            raise BundleError(
+                f"{name}={options[name]} needs measured times. Call bundle.measure_latency(*inputs) first."
+            )
+        budgets = np.broadcast_to(np.asarray(options[name], float), len(losses))
+        multipliers = {budget: self._multiplier(budget, name, costs) for budget in set(budgets.tolist())}
+        return _weigh(losses, np.array([multipliers[budget] for budget in budgets.tolist()]), costs)
 
-    def _weigh(self, losses: Array, multipliers: Array) -> Array:
-        """Exit of the least predicted loss plus multiplier times compute, ``(N,)``."""
-        shares = np.asarray(self.manifest["router"]["shares"], np.float32)
-        padded = np.pad(losses, ((0, 0), (0, 1)))
-        free = np.isinf(multipliers)
-        exits = (padded + np.where(free, 0, multipliers).astype(np.float32)[:, None] * shares).argmin(1) + 1
-        cheapest = np.where(np.isfinite(losses).any(1), shares.argmin() + 1, padded.shape[1])
-        return np.where(free, cheapest, exits)
-
-    def _multiplier(self, budget: float) -> float:
+    def _multiplier(self, budget: float, name: str, costs: Array) -> float:
         """Lowest multiplier at which the calibration set spends a budget on average."""
         predicted = self._calibration["predicted"]
-        shares = np.asarray(self.manifest["router"]["shares"], np.float32).astype(float)
 
         def spent(multiplier: float) -> float:
-            return float(shares[self._weigh(predicted, np.full(len(predicted), multiplier)) - 1].mean())
+            return float(costs[_weigh(predicted, np.full(len(predicted), multiplier), costs) - 1].mean(dtype=float))
 
         if spent(math.inf) > budget * (1 + 1e-6):
-            raise BundleError(f"budget must be >= {spent(math.inf):.3f}, the share of the cheapest exit, got {budget}.")
+            raise BundleError(f"{name} must be >= {spent(math.inf):.3f}, the cost of the cheapest exit, got {budget}.")
         low, high = 0.0, 1e-6
         if spent(low) <= budget:
             return low
@@ -533,6 +557,15 @@ class _Draws:
         if not per_sample:
             return drawn
         return drawn.reshape(self._count, per_sample, *shape[1:])[rows].reshape(-1, *shape[1:])
+
+
+def _weigh(losses: Array, multipliers: Array, costs: Array) -> Array:
+    """Exit of the least predicted loss plus multiplier times cost, ``(N,)``."""
+    padded = np.pad(losses, ((0, 0), (0, 1)))
+    free = np.isinf(multipliers)
+    exits = (padded + np.where(free, 0, multipliers).astype(np.float32)[:, None] * costs).argmin(1) + 1
+    cheapest = np.where(np.isfinite(losses).any(1), costs.argmin() + 1, padded.shape[1])
+    return np.where(free, cheapest, exits)
 
 
 def _size(dim: int | str, sizes: dict[str, int]) -> int:

@@ -16,7 +16,7 @@ import torch
 from retroexit.core.nested import tensors
 from retroexit.errors import BankError, InputMismatchError, OptionError, QueueFull, TrainingError, cause_of, closest
 from retroexit.model import EarlyExitGenerator
-from retroexit.routing.policy import QUALITIES, RoutingRequest, check_number, named_threshold
+from retroexit.routing.policy import QUALITIES, RoutingRequest, Time, check_number, named_threshold
 from retroexit.runtime.bundle import Bundle, BundleError
 from retroexit.runtime.engines import ModelEngine
 from retroexit.runtime.payload import Payload, npy
@@ -25,7 +25,7 @@ from retroexit.runtime.scheduler import Rendered, Scheduler
 __all__ = ["EXTRA", "OUT_OF_DISTRIBUTION", "Reply", "Service", "refusal"]
 
 EXTRA: Final = "a server needs Ray Serve, got no {}. Run: pip install 'retroexit[serve]'"
-_OPTIONS = ("threshold", "quality", "budget", "deadline_ms", "exit")
+_OPTIONS = ("threshold", "quality", "budget", "budget_ms", "deadline_ms", "exit")
 _REFUSED = (OptionError, InputMismatchError, TrainingError, BankError, BundleError)  # the caller can do something
 _NPY = "application/x-npy"
 OUT_OF_DISTRIBUTION: Final = "out of distribution"
@@ -48,6 +48,7 @@ class _Asked(NamedTuple):
     threshold: float | None = None
     exit: int | None = None
     budget: float | None = None
+    budget_ms: float | None = None
     deadline_ms: float | None = None
 
     @property
@@ -173,7 +174,7 @@ class Service:
         if not 0 <= number < math.inf or (number == 0 and name != "threshold"):
             bound = ">= 0, such as 0.1" if name == "threshold" else "> 0, such as 0.5"
             raise OptionError(f"{name} must be a finite number, got {text!r}. Pass one {bound}.")
-        if name != "exit":
+        if name not in ("exit", "budget_ms"):
             check_number(name, number)
         return _Asked(**{name: number})  # type: ignore[arg-type]
 
@@ -194,7 +195,7 @@ class Service:
         """Render a sample; returns the reason if the backbone had to do it."""
         reason, choice = "", {"threshold": asked.threshold, "exit": asked.exit}
         losses = None
-        if asked.budget is not None or asked.deadline_ms is not None:
+        if any(goal is not None for goal in (asked.budget, asked.budget_ms, asked.deadline_ms)):
             exit, losses, reason = await self._choose(sample, asked)
             choice = {"exit": exit}
         try:
@@ -232,12 +233,13 @@ class Service:
         if isinstance(self.model, Bundle):
             if asked.deadline_ms is not None:
                 raise OptionError("deadline_ms needs a folder that fit wrote, got an export. Pass exit or threshold.")
-            begun = self.model.begin(args, kwargs, budget=asked.budget)
+            begun = self.model.begin(args, kwargs, budget=asked.budget, budget_ms=asked.budget_ms)
             return int(begun.exits[0]), None if begun.losses is None else tuple(begun.losses[0].tolist()), ""
         if asked.threshold is not None:
             started = ModelEngine(self.model, strict=True).begin([sample], [(asked.threshold, None)])[0]
             return started.exit, started.losses, "" if started.losses else "void promise"
-        request = RoutingRequest(budget=asked.budget, deadline_ms=asked.deadline_ms)
+        budget = asked.budget if asked.budget_ms is None else Time(ms=asked.budget_ms)
+        request = RoutingRequest(budget=budget, deadline_ms=asked.deadline_ms)
         with torch.no_grad():
             choice = self.model.router.choose(self.model.split.begin(args, kwargs), request)
         return int(choice.exits), None if choice.losses is None else tuple(choice.losses[0].tolist()), ""

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,14 @@ def arrays(args):
     return [x.numpy() for x in args]
 
 
-def compare(model, bundle, args, **options):
-    """Compare images and exits of a call, and return the exits."""
+def compare(model, bundle, args, theirs=None, **options):
+    """Compare images and exits of a call, and return the exits; ``theirs`` are the bundle's options, if others."""
     with torch.no_grad():
         if "exit" in options:
             expected, exits = model(*args, **options), torch.full((len(args[0]),), options["exit"])
         else:
             expected, exits = model.routed(*args, **options)
-    images, chosen = bundle.run(*arrays(args), **options)
+    images, chosen = bundle.run(*arrays(args), **(theirs or options))
     assert chosen.tolist() == exits.tolist()
     np.testing.assert_allclose(images, model.image(expected).numpy(), **CLOSE)
     return exits.tolist()
@@ -65,6 +66,22 @@ def test_samples_of_a_batch_leave_apart_and_in_order(model, bundle):
     assert seen == {1, 2, 3}
     compare(model, bundle, args, threshold=np.linspace(0.1, 3, 16).tolist())
     np.testing.assert_allclose(bundle.predict(*arrays(args)), model.predict(*args).numpy(), rtol=1e-4)
+
+
+def test_a_budget_of_time_chooses_as_the_model_does(model, bundle, monkeypatch):
+    args = inputs(16)
+    monkeypatch.setattr(bundle, "milliseconds", None)  # forgotten at the end
+    measured = bundle.measure_latency(*arrays(args), runs=3)
+    assert measured.shape == (3,) and (measured > 0).all()
+    monkeypatch.setattr(bundle, "milliseconds", np.array([1, 2, 4], np.float32))
+    here = model.measure_latency(*args, runs=1)
+    monkeypatch.setattr(model, "latency", replace(here, medians=(16.0, 32.0, 64.0, 60.0)))
+    seen = set()
+    for ms in (1.2, 2.5, [1.5, 3.9] * 8, 4):
+        seen.update(compare(model, bundle, args, {"budget_ms": ms}, budget=retroexit.Time(ms=ms)))
+    assert len(seen) > 1
+    with pytest.raises(BundleError, match=r"budget_ms must be >= 1\.0\d+, the cost of the cheapest exit, got 0.5"):
+        bundle.run(*arrays(args), budget_ms=0.5)
 
 
 def test_a_stage_that_no_sample_needs_does_not_run(bundle, monkeypatch):
@@ -277,7 +294,8 @@ CALLS = {
     "exit": ((X, GAIN), {"exit": 4}, "from 1 to 3, the backbone, got 4"),
     "threshold": ((X, GAIN), {"threshold": -1}, "threshold must be finite and >= 0, got -1"),
     "count": ((X, GAIN), {"threshold": [1, 2, 3]}, r"one per sample \(2,\), got \[1, 2, 3\]"),
-    "budget": ((X, GAIN), {"budget": 0.01}, "budget must be >= 0\\.\\d+, the share of the cheapest exit, got 0.01"),
+    "time": ((X, GAIN), {"budget_ms": 5}, "budget_ms=5 needs times. Call bundle.measure_latency"),
+    "budget": ((X, GAIN), {"budget": 0.01}, "budget must be >= 0\\.\\d+, the cost of the cheapest exit, got 0.01"),
 }
 
 

@@ -94,6 +94,10 @@ def test_options_choose_the_exit_and_headers_say_which(client, model, sample, ba
     assert float(reply.headers["x-predicted-loss"]) == pytest.approx(float(model.predict(*args)[0, exit - 1]), rel=1e-4)
     budget = client.post("/render?budget=0.9", content=body)
     assert served(budget) == (int(model.choose_exits(*args, budget=0.9)), None)
+    model.measure_latency(*args, runs=3)
+    slowest = 10 * max(model.latency.milliseconds)
+    assert served(client.post(f"/render?budget_ms={slowest}", content=body))[0] == 3
+    model.latency = None
     metrics = client.get("/metrics").text
     assert 'retroexit_images_total{exit="3"}' in metrics and "retroexit_macs_saved_total" in metrics
 
@@ -110,6 +114,8 @@ def test_options_choose_the_exit_and_headers_say_which(client, model, sample, ba
         ("?quality=best", "quality must be lossless, high, draft, got 'best'"),
         ("?exit=1&threshold=1", "exclude each other"),
         ("?deadline_ms=5", "needs measured times, but the model has none. Call model.measure_latency"),
+        ("?budget_ms=5", "budget=Time(share=None, ms=5.0) needs measured times"),
+        ("?budget_ms=0", "budget_ms must be a finite number, got '0'. Pass one > 0"),
         ("?deadline_ms=0", "deadline_ms must be a finite number, got '0'. Pass one > 0"),
         ("?deadline_ms=inf", "got 'inf'"),
         ("?budget=50", "budget must be a share of the backbone's compute, such as 0.5, got 50.0. Pass 0.5 for 50 %."),
