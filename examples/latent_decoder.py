@@ -36,9 +36,8 @@ import retroexit
 from retroexit.evaluation.sweep import Evaluation, promise_summary
 from retroexit.report.text_tables import fidelity_table, promise_table, sweep_table, table
 
-ATTACH_AT = (2, 3, 4, 5)
-MACS = (0.036, 0.065, 0.10, 0.15)  # of the decoder's, the way to the exit included
-WIDTHS = (16, 16, 16, 16)  # of thin copies, of 64 channels
+MACS = (0.025, 0.036, 0.065, 0.10, 0.15)  # of the decoder's, the way to the exit included; they choose the stages
+COPIES_AT, WIDTHS = (2, 3, 4, 5), (16, 16, 16, 16)  # thin copies: their stages, and their widths, of 64 channels
 THRESHOLDS = (0.05, 0.1, 0.15)
 
 
@@ -193,12 +192,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", help="folder with data/weights and data/street")
     parser.add_argument("--out", type=Path, default=Path("runs/latent"))
-    parser.add_argument("--attach-at", type=int, nargs="+", default=ATTACH_AT)
+    parser.add_argument("--attach-at", type=int, nargs="+", help="stages; by default as the costs choose")
     parser.add_argument("--branch", choices=("subpixel", "copy"), default="subpixel", help="kind of branches")
     parser.add_argument("--macs", type=float, nargs="+", default=MACS, help="cost of each sub-pixel route")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="channels of each copy, of 64")
     parser.add_argument("--mse", type=float, default=5.0, help="weight of the squared error, beside L1 and LPIPS")
-    parser.add_argument("--calibrate", type=float, default=0.25, help="share of the latents that calibrate")
+    parser.add_argument("--calibrate", type=float, default=0.28, help="share of the latents that calibrate")
     parser.add_argument("--steps", type=int, default=16_000, help="6,000 lose a fifth more")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--crop", type=int, default=64)
@@ -222,12 +221,13 @@ def main() -> None:
     if arguments.test is not None:  # spread over the drives
         rows = np.linspace(0, len(test) - 1, arguments.test).round().astype(int)
         test, beside = test[rows], [beside[row] for row in rows]
-    sizes: dict[str, Any] = {"macs": arguments.macs}
+    sizes: dict[str, Any] = {"attach_at": arguments.attach_at, "macs": arguments.macs}
     if arguments.branch == "copy":
-        sizes = {"scale": [width / 64 for width in arguments.widths], "min_channels": min(arguments.widths)}
+        widths = arguments.widths
+        sizes = {"attach_at": arguments.attach_at or COPIES_AT, "scale": [width / 64 for width in widths]}
+        sizes["min_channels"] = min(widths)
     model = retroexit.wrap(
         load("decoder", shared),
-        attach_at=arguments.attach_at,
         branch=arguments.branch,
         **sizes,
         init=arguments.init,

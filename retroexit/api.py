@@ -54,7 +54,8 @@ class WrapSettings(TypedDict, total=False):
             of the MACs. ``"auto"``: the copy where it can be built and saves enough, until `fit` compares all in a
             pilot. Or the name of a plug-in's.
         macs: Cost of the route of a branch that is no copy as a share of the backbone's, in (0, 1), one for all or one
-            per attach point. By default a sub-pixel branch costs what a thin copy at ``scale`` costs at most, or,
+            per attach point. Without attach points there is an exit for each, behind the last stage whose way there
+            takes at most 70 % of it; with ``timed`` they are shares of the time. By default a sub-pixel branch costs what a thin copy at ``scale`` costs at most, or,
             without a scale, 6 % beside what lies in front of the exit; one that skips stages skips half.
         min_channels: No width is scaled below this, ``>= 1``; 64 by default.
         tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch repeats the
@@ -71,7 +72,7 @@ class WrapSettings(TypedDict, total=False):
             the cache of a video decoder, which otherwise keep their size and layers in every branch.
         image_range: Smallest and largest pixel value; measured by default.
         self_test: Whether to check that the generator cut at every attach point reproduces its output bit for bit.
-        timed: Whether to time the stages on this machine and suggest attach points by time instead of MACs.
+        timed: Whether to time the stages on this machine and choose attach points by time instead of MACs.
         seed: Seed of fresh weights.
     """
 
@@ -107,7 +108,7 @@ def wrap(
         generator: Any module with a multi-layer decoder, in eval mode. Of an autoencoder of diffusers the decoder gets
             exits, unless example inputs are images; ``pipe.vae = model`` then decodes with them.
         attach_at: Stages after which a branch sits, by number from 1 (see `find_stages`) or by module path; by default
-            those that `find_stages` suggests.
+            those that `find_stages` suggests, or those that fit the costs in ``macs``.
         scale: Width factor of the branches, in (0, 1]; one for all, or one per attach point. Without it, branches are
             sub-pixel branches, sized by ``macs``.
         example_inputs: Positional inputs that the generator accepts, any batch size. Without them, and
@@ -201,8 +202,8 @@ def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any
     is_open = branch is None and (scale is not None or (macs is None and attach_at is None))
     if branch is None:
         branch = "copy" if scale is not None else "subpixel"
-    scales, kinds = _per_exit("scale", scale, attach_at), _per_exit("branch", branch, attach_at)
-    shares = _per_exit("macs", macs, attach_at)
+    exits = attach_at if attach_at is not None or not isinstance(macs, (list, tuple)) else macs
+    scales, kinds, shares = (_per_exit(*item, exits) for item in (("scale", scale), ("branch", branch), ("macs", macs)))
     for kind, share in zip(kinds, shares, strict=True):
         if kind != AUTO:
             host().branch_kind(kind)
@@ -220,15 +221,15 @@ def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any
     return scales, [] if is_open else kinds, [] if scale is None and macs is None else shares
 
 
-def _per_exit(name: str, value: Any, attach_at: tuple[int | str, ...] | None) -> list[Any]:
-    """Return one value per attach point, one for all if these are open; a string is a sequence too, but one value."""
-    if attach_at is None:
+def _per_exit(name: str, value: Any, exits: Sequence[Any] | None) -> list[Any]:
+    """Return one value per exit, one for all if their number is open; a string is a sequence too, but one value."""
+    if exits is None:
         if isinstance(value, (list, tuple)):
             raise OptionError(f"{name} must be one value where attach_at is left out, got {value}.")
         return [value]
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * len(attach_at)
-    if len(values) != len(attach_at):
-        raise OptionError(f"{name} must be one value or one per attach point ({len(attach_at)}), got {len(values)}.")
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * len(exits)
+    if len(values) != len(exits):
+        raise OptionError(f"{name} must be one value or one per exit ({len(exits)}), got {len(values)}.")
     return values
 
 

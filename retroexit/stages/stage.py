@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from retroexit.errors import AttachPointError
+
+_ON_THE_WAY = 0.7  # most of a budget that the stages in front of an exit may take
 _TARGETS = (0.03, 0.09, 0.25)
 _LEAST_SAVED = 0.2  # share of the MACs that an exit must save at least, without its branch
 _NEAR = 0.03  # suggested stages differ by more than this in cumulative share
@@ -115,6 +118,34 @@ def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
         nearest = min(free, key=lambda s: abs(s.reached - target))
         chosen.append(min(near or [nearest], key=lambda s: (s.live_size, abs(s.reached - target))))
     return sorted(s.index for s in chosen)
+
+
+def place_by_budget(stages: Sequence[Stage], budgets: Sequence[float]) -> list[Stage]:
+    """Choose the stage behind which each exit goes: the last one whose way there takes at most 70 % of its budget.
+
+    Args:
+        stages: The stages l_1..l_N.
+        budgets: Cost of each route as a share of the backbone's MACs, or of its time where that was measured.
+
+    Returns:
+        One stage per budget. No two exits share a stage: the smaller budget gets the one before.
+
+    Raises:
+        AttachPointError: If the way to the first stage that is left takes more.
+    """
+    chosen = dict[int, Stage]()
+    for number in sorted(range(len(budgets)), key=lambda n: -budgets[n]):
+        budget = budgets[number]
+        free = [s for s in stages[:-1] if all(s.index < c.index for c in chosen.values())]
+        near = [s for s in free if s.reached <= _ON_THE_WAY * budget]
+        if not near:
+            least = f"{free[0].reached / _ON_THE_WAY:.3f}" if free else "nothing, as all stages are taken"
+            raise AttachPointError(
+                f"macs must leave room for a branch behind stages of their own, got {budget:g} in {list(budgets)}, where "
+                f"the first free stage needs {least}. Pass other budgets, or attach_at."
+            )
+        chosen[number] = near[-1]
+    return [chosen[number] for number in range(len(budgets))]
 
 
 def suggest_skips(stages: Sequence[Stage]) -> list[tuple[Stage, float]]:

@@ -15,7 +15,7 @@ from retroexit.branch.widths.plan import WidthRule
 from retroexit.errors import AttachPointError, OptionError, warn
 from retroexit.guidance.provider import Guidance
 from retroexit.plugins.description import Description
-from retroexit.stages.stage import Stage, suggest_skips
+from retroexit.stages.stage import Stage, place_by_budget, suggest_skips
 
 BRANCH_SHARE = 0.06
 """Cost of a branch that nobody has sized, as a share of the backbone's."""
@@ -99,12 +99,18 @@ class WrapOptions:
             raise OptionError(f"init must be 'inherit' or 'scratch', got {self.init!r}.")
 
     def at_suggested(self, stages: Sequence[Stage]) -> WrapOptions:
-        """Attach exits behind the suggested stages of l_1..l_N, where the user has left that open.
+        """Attach exits behind stages of l_1..l_N, where the user has left that open.
 
-        Where stages of one output size hold half of the MACs, exits skip some of them, see `suggest_skips`.
+        Where costs are named, these choose the stages, see `place_by_budget`; else they are the suggested ones, or,
+        where stages of one output size hold half of the MACs, those that `suggest_skips` gives.
         """
         if self.attach_at is not None:
             return self
+        budgets = [share for share in self.macs if share is not None]
+        if budgets:
+            behind = place_by_budget(stages, budgets)
+            shares = tuple(s.cumulative + budget - s.reached for s, budget in zip(behind, budgets, strict=True))
+            return replace(self, attach_at=tuple(s.path for s in behind), macs=shares, is_suggested=True)
         is_open = not self.branches and not self.macs
         skips = suggest_skips(stages) if is_open else []
         places = tuple(s.path for s, _ in skips) or tuple(s.path for s in stages if s.is_suggested)

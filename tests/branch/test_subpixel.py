@@ -266,7 +266,7 @@ def test_it_can_be_exported_compiled_and_converted():
     [
         ({"macs": 0.01}, "costs at least [0-9,]+ MACs, got a limit of [0-9,]+ behind .* Pass a larger macs or scale"),
         ({"macs": 1.5}, r"macs must be a share of the backbone in \(0, 1\), got 1.5"),
-        ({"macs": [0.5, 0.6]}, r"macs must be one value or one per attach point \(1\), got 2"),
+        ({"macs": [0.5, 0.6]}, r"macs must be one value or one per exit \(1\), got 2"),
         ({"branch": "copy", "scale": 0.5}, "macs must be left out for branch='copy', got 0.6"),
         ({"branch": "copy", "macs": None}, "scale must be in .*, got None"),
         ({"branch": "sub-pixel"}, "no branch kind 'sub-pixel'; closest: 'subpixel'"),
