@@ -3,7 +3,8 @@
     python benchmarks/branch_kinds.py --steps 300 --seeds 3 --json runs/branch-kinds.json
 
 The copy at the first exit of each example sets both budgets: a sub-pixel branch and one that skips stages may cost as
-many MACs, and a second sub-pixel branch may take as much time. All are fitted in the same way and for as many steps.
+many MACs, and a second sub-pixel branch may take as much time. A sub-pixel branch goes where its costs place it, the
+others behind the same stage. All are fitted in the same way and for as many steps.
 Times are CPU times of one call with one sample, by turns, as shares of the backbone's. A run that was interrupted goes
 on from its ``--json``.
 """
@@ -74,7 +75,9 @@ def settings_of(kind: str, example: Example, turns: int) -> dict[str, Any]:
     copy = {**sizes(example), "self_test": False}
     if kind == "copy":
         return copy
-    place = {**copy, "branch": "stitch" if kind == "stitch" else "subpixel"}
+    place = {**copy, "branch": "stitch"}
+    if kind != "stitch":
+        place = {"branch": "subpixel", "self_test": False}
     macs, limit = cost(no_settings.wrapped(example, copy, 0), example, turns)
     macs += 1e-9
     if kind == "subpixel, equal time":

@@ -38,7 +38,7 @@ def latent(count: int, shared: str | None) -> Made:
 
     generator = example.load("decoder", example.shared_folder(shared))
     scales = [width / 64 for width in example.WIDTHS]
-    options = {"attach_at": example.ATTACH_AT, "scale": scales, "min_channels": min(example.WIDTHS)}
+    options = {"attach_at": example.COPIES_AT, "scale": scales, "min_channels": min(example.WIDTHS)}
     return generator, (torch.randn(count, 32, 16, 32),), {}, options
 
 

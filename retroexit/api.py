@@ -54,9 +54,10 @@ class WrapSettings(TypedDict, total=False):
             of the MACs. ``"auto"``: the copy where it can be built and saves enough, until `fit` compares all in a
             pilot. Or the name of a plug-in's.
         macs: Cost of the route of a branch that is no copy as a share of the backbone's, in (0, 1), one for all or one
-            per attach point. Without attach points there is an exit for each, behind the last stage whose way there
-            takes at most 70 % of it; with ``timed`` they are shares of the time. By default a sub-pixel branch costs what a thin copy at ``scale`` costs at most, or,
-            without a scale, 6 % beside what lies in front of the exit; one that skips stages skips half.
+            per attach point. Without attach points there is an exit for each cost, behind the last stage whose way
+            there takes at most 75 % of it; with ``timed`` they are shares of the time. By default a sub-pixel branch
+            costs what a thin copy at ``scale`` costs at most, or, without a scale, 6 % beside what lies in front of the
+            exit; one that skips stages skips half.
         min_channels: No width is scaled below this, ``>= 1``; 64 by default.
         tap: ``"after"``: a branch takes the stage's output; ``"before"``: its input, so that the branch repeats the
             stage.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from retroexit.errors import AttachPointError
 
-_ON_THE_WAY = 0.7  # most of a budget that the stages in front of an exit may take
+_ON_THE_WAY = 0.75  # most of a budget that the stages in front of an exit may take
 _TARGETS = (0.03, 0.09, 0.25)
 _LEAST_SAVED = 0.2  # share of the MACs that an exit must save at least, without its branch
 _NEAR = 0.03  # suggested stages differ by more than this in cumulative share
@@ -121,7 +121,7 @@ def suggest_attach_points(stages: Sequence[Stage]) -> list[int]:
 
 
 def place_by_budget(stages: Sequence[Stage], budgets: Sequence[float]) -> list[Stage]:
-    """Choose the stage behind which each exit goes: the last one whose way there takes at most 70 % of its budget.
+    """Choose the stage behind which each exit goes: the last one whose way there takes at most 75 % of its budget.
 
     Args:
         stages: The stages l_1..l_N.
@@ -141,8 +141,8 @@ def place_by_budget(stages: Sequence[Stage], budgets: Sequence[float]) -> list[S
         if not near:
             least = f"{free[0].reached / _ON_THE_WAY:.3f}" if free else "nothing, as all stages are taken"
             raise AttachPointError(
-                f"macs must leave room for a branch behind stages of their own, got {budget:g} in {list(budgets)}, where "
-                f"the first free stage needs {least}. Pass other budgets, or attach_at."
+                f"macs must leave room for branches behind stages of their own, got {budget:g} in {list(budgets)}, "
+                f"where the first free stage needs {least}. Pass other budgets, or attach_at."
             )
         chosen[number] = near[-1]
     return [chosen[number] for number in range(len(budgets))]

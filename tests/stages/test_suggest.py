@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import retroexit
-from retroexit.stages.stage import suggest_attach_points
+from retroexit.errors import AttachPointError
+from retroexit.stages.stage import place_by_budget, suggest_attach_points
 
 
 def stages(cumulative, live=None):
@@ -63,6 +64,32 @@ class Block(torch.nn.Sequential):
         return super().forward(x)
 
 
+@pytest.mark.parametrize(
+    ("budgets", "expected"),
+    [
+        ([0.1], [2]),  # stage 3 takes more than 75 % of it
+        ([0.5, 0.03], [4, 1]),
+        ([0.09, 0.1], [1, 2]),  # each has a stage of its own
+        ([0.9999], [4]),  # never the last stage
+    ],
+)
+def test_costs_choose_the_stages(budgets, expected):
+    some = stages([0.02, 0.06, 0.08, 0.3, 1.0], [0] * 5)
+    assert [s.index for s in place_by_budget(some, budgets)] == expected
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        ([0.02, 0.5], "got 0.02 in .*, where the first free stage needs 0.027. Pass other budgets, or attach_at"),
+        ([0.03, 0.031], "got 0.03 in .*, where the first free stage needs nothing, as all stages are taken"),
+    ],
+)
+def test_costs_without_room_for_a_branch_are_refused(budgets, message):
+    with pytest.raises(AttachPointError, match=message):
+        place_by_budget(stages([0.02, 0.06, 1.0], [0] * 3), budgets)
+
+
 def test_attach_points_follow_the_time_where_it_was_measured(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("retroexit.stages.timing.time.perf_counter", lambda: clock[0])
@@ -75,6 +102,9 @@ def test_attach_points_follow_the_time_where_it_was_measured(monkeypatch):
     assert [s.is_suggested for s in timed] == [True, True, False, False], "20 % of the time are left to save"
     model = retroexit.wrap(generator, timed=True, **options)
     assert [e.stage for e in model.exits[:-1]] == [1, 2]
+    for timed, stage in ((False, 3), (True, 2)):  # 75 % of the MACs are behind stage 3, 90 % of the time
+        model = retroexit.wrap(generator, timed=timed, macs=0.95, **options)
+        assert [e.stage for e in model.exits[:-1]] == [stage]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in generator.modules())
 
 
