@@ -37,7 +37,9 @@ from retroexit.report.text_tables import promise_table, sweep_table, table
 
 BACKBONE = Path(__file__).with_name("backbone.safetensors")
 ATTACH_AT = (1, 2, 3, 4)
-SCALES = (0.25, 0.5, 0.5, 0.5)
+KINDS = ("subpixel", "copy", "copy", "copy")  # later exits must render the noise at full resolution, as copies do
+SCALES = (1.0, 0.5, 0.5, 0.5)  # widths of the copies
+MACS = (0.12, None, None, None)  # cost of the first route as a share of the backbone's
 MIN_CHANNELS = 8
 THRESHOLDS = (0.05, 0.1)
 READS = ("z", "w", "feature")
@@ -75,9 +77,9 @@ def batches(samples: Sequence[Sample], size: int = 8) -> Iterator[tuple[Tensor, 
 
 
 def wrap(
-    generator: StyleGANGenerator, reads: str, attach_at: Sequence[int | str], scales: Sequence[float]
+    generator: StyleGANGenerator, reads: str, attach_at: Sequence[int | str], scales: Sequence[float], **sizes: Any
 ) -> retroexit.EarlyExitGenerator:
-    """Add untrained exits; ``reads`` says what a predictor of the inputs gets to see, z or w."""
+    """Add untrained exits; ``reads`` says what a predictor of the inputs gets to see, z or w; ``sizes`` are options."""
     description = retroexit_describe(generator)
     assert description is not None
 
@@ -93,6 +95,7 @@ def wrap(
         attach_at,
         scales,
         min_channels=MIN_CHANNELS,
+        **sizes,
         adapter=replace(description, predictor_inputs=style if reads == "w" else latent),
         example_inputs=(),
         example_kwargs={"z": z, "noise": noise},
@@ -185,7 +188,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/style-scenes"))
     parser.add_argument("--backbone", type=Path, default=BACKBONE)
     parser.add_argument("--attach-at", type=int, nargs="+", default=ATTACH_AT, help="blocks, 1 being 4x4")
-    parser.add_argument("--scale", type=float, nargs="+", default=SCALES, help="width of each branch")
+    parser.add_argument("--copies", type=float, nargs="+", help="copies alone, of these widths, one per block")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -204,8 +207,9 @@ def main() -> None:
     train = draw(generator, arguments.train, TRAIN_SEED)
     test = draw(generator, arguments.test, TEST_SEED)
     models = {}
+    sizes = {"branch": KINDS, "macs": MACS} if arguments.copies is None else {}
     for reads in sorted(READS, key=lambda name: name == arguments.reads):  # the report's stays in the folder
-        models[reads] = wrap(generator, reads, arguments.attach_at, arguments.scale)
+        models[reads] = wrap(generator, reads, arguments.attach_at, arguments.copies or SCALES, **sizes)
         retroexit.fit(  # the branches are trained once: what a predictor reads may change when a fit goes on
             models[reads],
             train,

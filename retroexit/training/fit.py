@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retroexit.branch.copy import CopyBranch
 from retroexit.core.files import write_json
 from retroexit.core.identity import fingerprint
 from retroexit.core.modules import device_of
@@ -38,7 +37,7 @@ from retroexit.training.pilot import choose_kinds
 from retroexit.training.predictor import exit_losses, fit_predictor, search_guides
 from retroexit.training.settings import FitSettings, check_same, divide
 from retroexit.training.steps import Cropper, Steps
-from retroexit.training.trainer import BranchTrainer, FeatureDistance, TrainingWriter, train_branches
+from retroexit.training.trainer import BranchTrainer, TrainingWriter, distances, train_branches
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +124,9 @@ def _train(
     writer: TrainingWriter | None,
     progress: bool,
 ) -> None:
-    weight = settings.features
-    is_copy = [isinstance(branch, CopyBranch) for branch in model.branches]
-    distances = [FeatureDistance(model, i, weight) if weight and is_copy[i] else None for i in range(len(losses))]
     trainers = [
         BranchTrainer(model, index, loss, steps.limits, settings, folder, steps.team, distance)
-        for index, (loss, distance) in enumerate(zip(losses, distances, strict=True))
+        for index, (loss, distance) in enumerate(zip(losses, distances(model, settings.features), strict=True))
     ]
     try:
         train_branches(trainers, steps, settings, writer, progress)

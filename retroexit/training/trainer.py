@@ -49,27 +49,42 @@ def averaged(parameters: Sequence[nn.Parameter], decay: float) -> AveragedModel:
     return AveragedModel(nn.ParameterList(parameters), multi_avg_fn=update)
 
 
-class FeatureDistance:
-    """Distance of a branch's layers, ``paths``, to the backbone's channels that they inherited; not in the paper."""
+class BackboneLayers:
+    """What layers of the backbone return in a step, from one run behind the first exit of several for all of them."""
 
-    def __init__(self, model: EarlyExitGenerator, index: int, weight: float) -> None:
-        branch = model.branches[index]
-        assert isinstance(branch, CopyBranch)
-        self.model, self.branch, self.weight = model, branch, weight
-        self.full = model.split.tail(index, share=True)
-        modules = dict(branch.tail.named_modules())
-        self.paths = [path for path in branch.inherited if path in modules]
-        self._targets: dict[str, Tensor] = {}
+    def __init__(self, model: EarlyExitGenerator, first: int, paths: Sequence[str]) -> None:
+        self.model, self.paths = model, list(dict.fromkeys(paths))
+        self.full = model.split.tail(first, share=True)
+        self._names = [node.name for node in model.split.cuts[first].crossing]
+        self._step: Step | None = None
         self._outputs: dict[str, Tensor] = {}
 
+    @torch.no_grad()
+    def at(self, step: Step) -> dict[str, Tensor]:
+        """Return the outputs in a step by path; the last step's are kept."""
+        if step is not self._step:
+            self._outputs.clear()
+            seen = watching(self.full, self.paths, partial(_store, self._outputs))
+            with seen, unobserved(self.model.generator), drawing_from(step.seed, device_of(self.model.generator)):
+                self.full(*map(step.read, self._names))
+            self._step = step
+        return self._outputs
+
+
+class FeatureDistance:
+    """Distance of a copy's layers to the backbone's channels that they inherited; not in the paper."""
+
+    def __init__(self, branch: CopyBranch, layers: BackboneLayers, weight: float) -> None:
+        self.branch, self.layers, self.weight = branch, layers, weight
+        self.paths = inherited_paths(branch)
+        self._outputs: dict[str, Tensor] = {}
+        self._targets: dict[str, Tensor] = {}
+
     @contextmanager
-    def capture(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Run the rest of the backbone on the inputs of the branch, and capture the branch's layers in the block."""
-        self._targets.clear()
+    def capture(self, step: Step) -> Iterator[None]:
+        """Capture the branch's layers in the block, and the backbone's in this step."""
         self._outputs.clear()
-        see = partial(_store, self._targets)
-        with torch.no_grad(), watching(self.full, self.paths, see), unobserved(self.model.generator):
-            self.full(*values)
+        self._targets = self.layers.at(step)
         with watching(self.branch.tail, self.paths, partial(_store, self._outputs)):
             yield
 
@@ -80,12 +95,29 @@ class FeatureDistance:
             channels, target = self.branch.inherited[path], self._targets.get(path)
             if target is None:
                 continue
-            axis = -1 if isinstance(self.full.get_submodule(path), nn.Linear) else 1
+            axis = -1 if isinstance(self.layers.full.get_submodule(path), nn.Linear) else 1
             target = target if channels is None else target.index_select(axis, channels.to(target.device))
             if target.shape == output.shape:
                 terms.append((output - target).square().mean() / (target.var() + 1e-12))
         self._outputs.clear()
         return self.weight * torch.stack(terms).mean() if terms else torch.zeros(())
+
+
+def inherited_paths(branch: CopyBranch) -> list[str]:
+    """Paths of the layers of a copy that inherited channels of the backbone's."""
+    modules = dict(branch.tail.named_modules())
+    return [path for path in branch.inherited if path in modules]
+
+
+def distances(model: EarlyExitGenerator, weight: float) -> list[FeatureDistance | None]:
+    """Make the distance of every branch, ``None`` for those that are no copies or where it has no weight."""
+    copies = {i: b for i, b in enumerate(model.branches) if isinstance(b, CopyBranch) and weight}
+    if not copies:
+        return [None] * len(model.branches)
+    layers = BackboneLayers(
+        model, min(copies), [path for branch in copies.values() for path in inherited_paths(branch)]
+    )
+    return [FeatureDistance(copies[i], layers, weight) if i in copies else None for i in range(len(model.branches))]
 
 
 def _store(outputs: dict[str, Tensor], path: str, _args: Any, _kwargs: Any, output: Any) -> None:
@@ -191,7 +223,7 @@ class BranchTrainer:
     def _render(self, step: Step) -> Any:
         if self.distance is None:
             return self.branch(*map(step.read, self.names), guide=step.guide)
-        with self.distance.capture([step.read(name) for name in self.names]):
+        with self.distance.capture(step):
             return self.branch(*map(step.read, self.names), guide=step.guide)
 
     def _precision(self) -> torch.autocast:

@@ -11,7 +11,7 @@ from retroexit.training.cache import LiveFeatures
 from retroexit.training.distributed import Team
 from retroexit.training.initialise import reconstruct_branches
 from retroexit.training.steps import Cropper, Steps
-from retroexit.training.trainer import FeatureDistance
+from retroexit.training.trainer import distances
 
 
 def steps(model, team=None):
@@ -73,10 +73,10 @@ def test_stages_that_an_adapter_builds_are_reconstructed_too():
 
 def test_the_feature_distance_is_that_of_a_loop_over_the_layers():
     model = wrap(**HALVES)
-    branch, distance = model.branches[0], FeatureDistance(model, 0, 0.5)
+    branch, distance, step = model.branches[0], distances(model, 0.5)[0], steps(model).at(0)
     assert distance.paths == ["stages.1.conv", "stages.2.conv", "rgb"]
-    values = model.split.crossing(model.split.begin((latents(4),), {}).values, 0)
-    with distance.capture(values):
+    values = [step.read(node.name) for node in model.split.cuts[0].crossing]
+    with distance.capture(step):
         branch(*values)
 
     full, thin = model.split.tail(0), branch.tail
@@ -95,6 +95,27 @@ def test_the_feature_distance_is_that_of_a_loop_over_the_layers():
     assert float(distance().detach()) == pytest.approx(0.5 * sum(terms) / 3, rel=1e-4)
 
 
+def test_one_run_of_the_backbone_serves_all_branches():
+    model, runs = wrap(attach_at=(1, 2), scale=1 / 2, min_channels=4), []
+    first, second = distances(model, 1.0)
+    first.layers.full.register_forward_hook(lambda *_: runs.append(1))
+    for number in range(2):
+        step, losses = steps(model).at(number), []
+        for index, distance in enumerate((first, second)):
+            values = [step.read(node.name) for node in model.split.cuts[index].crossing]
+            with torch.no_grad(), distance.capture(step):
+                model.branches[index](*values)
+            losses.append(float(distance()))
+        assert len(runs) == number + 1
+    alone = wrap(attach_at=(2,), scale=1 / 2, min_channels=4, seed=1)
+    alone.branches[0].load_state_dict(model.branches[1].state_dict())
+    (distance,) = distances(alone, 1.0)
+    values = [step.read(node.name) for node in alone.split.cuts[0].crossing]
+    with torch.no_grad(), distance.capture(steps(alone).at(1)):
+        alone.branches[0](*values)
+    assert float(distance()) == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_the_feature_distance_changes_what_is_learnt_and_leaves_no_hooks(tmp_path):
     generator = make()
     plain, matched = (fit(wrap(generator, **HALVES), tmp_path / str(weight), features=weight) for weight in (0.0, 1.0))
@@ -105,5 +126,5 @@ def test_the_feature_distance_changes_what_is_learnt_and_leaves_no_hooks(tmp_pat
 
 def test_fresh_branches_have_no_layers_to_compare(tmp_path):
     model = wrap(init="scratch")
-    assert FeatureDistance(model, 0, 1.0).paths == []
+    assert distances(model, 1.0)[0].paths == []
     fit(model, tmp_path, features=1.0)
