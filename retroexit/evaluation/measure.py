@@ -113,8 +113,6 @@ def cross_check(generator: nn.Module, macs: int, args: Any, kwargs: Any = None) 
 
 
 def _thop_macs(generator: nn.Module, args: Any) -> int:
-    import thop
-
     class FirstTensor(nn.Module):  # thop cannot handle other outputs
         def __init__(self) -> None:
             super().__init__()
@@ -124,6 +122,8 @@ def _thop_macs(generator: nn.Module, args: Any) -> int:
             return tensors(self.generator(*args))[0]
 
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # of its import too, which uses distutils
+        import thop
+
         macs, _ = thop.profile(FirstTensor(), inputs=args, verbose=False)
     return int(macs)
