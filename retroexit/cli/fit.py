@@ -42,12 +42,18 @@ Exits: Any = options.group_of(
         str | None,
         Option(help="Kind of branch: copy (the default with --scale), subpixel, stitch or auto; or one per exit."),
     ],
-    macs=Annotated[str | None, Option(help="Cost of routes with sub-pixel branches, as shares: 0.1, or one per exit.")],
+    macs=Annotated[
+        str | None,
+        Option(
+            help="Cost of routes with sub-pixel branches, as shares: 0.1, or one per exit. Without --attach-at they "
+            "choose the stages."
+        ),
+    ],
     min_channels="No width is scaled below this.",
     tap="Take the stage's output (after) or its input (before).",
     guidance=Annotated[bool, Option(help="Guide branches by retrieval.")],
     image=options.ImageKey,
-    timed="Without --attach-at, suggest stages by time, measured here, instead of MACs.",
+    timed="Without --attach-at, choose stages by time, measured here; --macs are shares of it then.",
     image_only="Early exits give the image alone, and drop other tensors of the output.",
     image_range="Smallest and largest pixel value, 0,1 or -1,1; measured by default.",
     init="Starting weights: inherit or scratch.",
