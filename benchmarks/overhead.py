@@ -41,7 +41,7 @@ def backbone(name: str, arguments: Any) -> tuple[nn.Module, tuple[Any, ...], dic
         return real_esrgan(), (torch.rand(1, 3, 32, 32),), {}, [{}]
     example = MAKE[name](Path(arguments.shared), arguments.out)
     args, kwargs = Samples(example.train).gather([0])
-    hand = {"latent": {"attach_at": (2, 3, 4, 5), "branch": "subpixel", "macs": (0.036, 0.065, 0.1, 0.15)}}
+    hand = {"latent": {"branch": "subpixel", "macs": (0.025, 0.036, 0.065, 0.1, 0.15)}}
     ways = [{}, *([hand[name]] if name in hand else []), next(iter(example.hand.values()))]
     return example.generator, args, kwargs, ways
 
