@@ -294,7 +294,7 @@ CALLS = {
     "exit": ((X, GAIN), {"exit": 4}, "from 1 to 3, the backbone, got 4"),
     "threshold": ((X, GAIN), {"threshold": -1}, "threshold must be finite and >= 0, got -1"),
     "count": ((X, GAIN), {"threshold": [1, 2, 3]}, r"one per sample \(2,\), got \[1, 2, 3\]"),
-    "time": ((X, GAIN), {"budget_ms": 5}, "budget_ms=5 needs times. Call bundle.measure_latency"),
+    "time": ((X, GAIN), {"budget_ms": 5}, "budget_ms=5 needs measured times. Call bundle.measure_latency"),
     "budget": ((X, GAIN), {"budget": 0.01}, "budget must be >= 0\\.\\d+, the cost of the cheapest exit, got 0.01"),
 }
 
