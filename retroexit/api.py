@@ -203,7 +203,11 @@ def _sizes(attach_at: Any, scale: Any, branch: Any, macs: Any) -> tuple[list[Any
     is_open = branch is None and (scale is not None or (macs is None and attach_at is None))
     if branch is None:
         branch = "copy" if scale is not None else "subpixel"
-    exits = attach_at if attach_at is not None or not isinstance(macs, (list, tuple)) else macs
+    exits = attach_at
+    if attach_at is None and isinstance(macs, (list, tuple)):
+        if not macs or None in macs:
+            raise OptionError(f"macs must be shares where attach_at is left out, got {macs}. Pass e.g. [0.05, 0.1].")
+        exits = macs
     scales, kinds, shares = (_per_exit(*item, exits) for item in (("scale", scale), ("branch", branch), ("macs", macs)))
     for kind, share in zip(kinds, shares, strict=True):
         if kind != AUTO:

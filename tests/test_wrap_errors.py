@@ -56,6 +56,7 @@ def test_invalid_attach_points_are_refused(toy, refused, attach_at, message):
         ({"scale": 1.5}, r"scale must be in \(0, 1\], got 1\.5"),
         ({"scale": "half"}, "'half'"),
         ({"scale": float("nan")}, "got nan"),
+        ({"attach_at": None, "scale": None, "macs": [0.5, None]}, "macs must be shares where attach_at is left out"),
         ({"scale": [0.5, 0.5]}, r"scale must be one value or one per exit \(1\), got 2"),
         ({"min_channels": 0}, "min_channels must be an integer >= 1, got 0"),
         ({"tap": "beside"}, "tap must be 'after' or 'before', got 'beside'"),

@@ -110,7 +110,7 @@ class WrapOptions:
         if budgets:
             behind = place_by_budget(stages, budgets)
             shares = tuple(s.cumulative + budget - s.reached for s, budget in zip(behind, budgets, strict=True))
-            return replace(self, attach_at=tuple(s.path for s in behind), macs=shares, is_suggested=True)
+            return replace(self, attach_at=tuple(s.path for s in behind), macs=shares)
         is_open = not self.branches and not self.macs
         skips = suggest_skips(stages) if is_open else []
         places = tuple(s.path for s, _ in skips) or tuple(s.path for s in stages if s.is_suggested)
