@@ -148,7 +148,7 @@ def _pool(x: Tensor) -> Tensor:
     """Mean and standard deviation over space: ``(N, C, ...) -> (N, 2 C)``."""
     flat = x.flatten(2)
     mean = flat.mean(2, keepdim=True)
-    variance = (flat - mean).square().mean(2)  # on a CPU ten times as fast as var()
+    variance = (flat - mean).square().mean(2)  # on a CPU two to seven times as fast as var()
     return torch.cat([mean[:, :, 0], variance.add(1e-8).sqrt()], 1)
 
 
